@@ -1,0 +1,53 @@
+"""What the last stage decides, everyone learns: a chain from the last stage to the first.
+
+The last stage is the first to finish a local step, so what it says arrives everywhere before the same local step
+ends there, and nobody waits for it. Each stage hands on what it hears at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from typing import Any
+
+from lightning_cpipe.transport.records import Records
+
+
+class Decisions:
+    """One stage's place in the chain.
+
+    Args:
+        from_next: where the stage after this one tells what it heard; None on the last stage.
+        to_previous: where this stage tells the one before; None on the first.
+    """
+
+    def __init__(self, from_next: Records | None, to_previous: Records | None) -> None:
+        self._from_next = from_next
+        self._to_previous = to_previous
+        self._early: defaultdict[str, deque[Any]] = defaultdict(deque)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the last stage."""
+        return self._from_next is None
+
+    def tell(self, topic: str, content: Any) -> None:
+        """The last stage says something. Returns at once."""
+        if self._to_previous is not None:
+            self._to_previous.send((topic, content))
+
+    def hear(self, topic: str) -> Any:
+        """The next thing said on a topic; waits until it is there. What is said on others is kept for later."""
+        assert self._from_next is not None
+        while not self._early[topic]:
+            found, content = self._from_next.receive()
+            if self._to_previous is not None:
+                self._to_previous.send((found, content))
+            self._early[found].append(content)
+        return self._early[topic].popleft()
+
+    def agree(self, topic: str, content: Any) -> Any:
+        """What the last stage has to say on a topic, on every stage."""
+        if not self.leads:
+            return self.hear(topic)
+        self.tell(topic, content)
+        return content

@@ -1,0 +1,65 @@
+"""A mini-batch on its way, as the engine knows it, and what tells two of them apart."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_cpipe.tree import Signature, TensorSpec, flatten
+
+_SAMPLE = 1024
+"""Tensors with more elements than this are fingerprinted by so many of them, evenly spread."""
+
+
+@dataclass
+class MiniBatch:
+    """What every stage knows of a mini-batch.
+
+    Attributes:
+        number: in this run, from 0; the plan's number.
+        seed: what the random numbers of its step follow from.
+        batch: as the loader gave it.
+        fingerprint: of `batch`.
+        signature: of `batch`.
+    """
+
+    number: int
+    seed: int
+    batch: Any
+    fingerprint: int
+    signature: Signature
+
+
+class Source(Protocol):
+    """Where the engine finds the mini-batches."""
+
+    def mini_batch(self, number: int) -> MiniBatch | None:
+        """Mini-batch `number`; None if the run will not train it, or it was not drawn yet."""
+
+
+def fingerprint(batch: Any) -> int:
+    """A cheap hash of a batch: equal batches have equal ones, and different ones hardly ever do.
+
+    Two ranks whose loaders disagree would train on labels that belong to other activations.
+    """
+    found = 0
+    for leaf in flatten(batch)[0]:
+        if isinstance(leaf, Tensor):
+            content = repr(TensorSpec.of(leaf)).encode() + _sample(leaf).numpy().tobytes()
+        elif isinstance(leaf, (int, float, str, bytes, type(None))):
+            content = repr(leaf).encode()
+        else:
+            content = type(leaf).__qualname__.encode()
+        found = zlib.crc32(content, found)
+    return found
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > _SAMPLE:
+        flat = flat[:: -(-flat.numel() // _SAMPLE)]
+    return flat.contiguous().view(torch.uint8).cpu()

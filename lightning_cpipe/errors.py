@@ -1,0 +1,38 @@
+"""The exceptions of `lightning_cpipe`.
+
+    CPipeError
+    ├── PlanError              a schedule's text or plan is not a legal one
+    ├── CutError               the module can't be cut as asked; raised at set-up
+    │   └── AbsentWeightError  code of one stage used a weight that lives on another stage
+    ├── DataMismatchError      two ranks drew different mini-batches, or a shape changed unannounced
+    └── RankLostError          another rank ended; carries the first cause
+
+What Lightning itself would refuse as a wrong combination of flags is raised as Lightning's own
+`MisconfigurationException`, so that code which catches that keeps working.
+"""
+
+from __future__ import annotations
+
+
+class CPipeError(Exception):
+    """The root of every exception that this package raises on its own account."""
+
+
+class PlanError(CPipeError, ValueError):
+    """A schedule's text can't be read, or its plan breaks a rule. The message lists every fault."""
+
+
+class CutError(CPipeError):
+    """The module can't be cut into the stages that were asked for."""
+
+
+class AbsentWeightError(CutError):
+    """Code that runs on one stage used a parameter whose weights live on another stage."""
+
+
+class DataMismatchError(CPipeError):
+    """Two ranks drew different mini-batches, or a tensor differs from what was announced."""
+
+
+class RankLostError(CPipeError):
+    """Another rank of the pipeline ended before its work was done."""

@@ -1,0 +1,104 @@
+"""The schedule of this package: whole mini-batches stream through the stages, and the pipeline is never flushed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_cpipe.schedules.action import Row, backward, forward, update
+from lightning_cpipe.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Continuous(Schedule):
+    """ContinuousPipe.
+
+    4 stages, as the paper draws it (`F` and `B` take one slot each, `*` is idle):
+
+        stage 0 | 0F  *  1F  *  2F  *  3F  0B  4F  1B  5F  2B  6F ...
+        stage 1 |  * 0F   * 1F   * 2F  0B  3F  1B  4F  2B  5F  3B ...
+        stage 2 |  *  *  0F  * 1F  0B  2F  1B  3F  2B  4F  3B  5F ...
+        stage 3 |  *  *   * 0F 0B  1F  1B  2F  2B  3F  3B  4F  4B ...
+
+    The same in rows, one row per local step. Step i forwards mini-batch i + lag, then backwards mini-batch i and
+    updates:
+
+        stage 0 | F0 | F1 | F2 | F3 B0 U0 | F4 B1 U1 | ...
+        stage 3 | F0 B0 U0 | F1 B1 U1 | ...
+
+    Attributes:
+        extra_in_flight: how much further a stage's forwards run ahead, in multiples of the least lag. It hides the
+            time of the transfers and costs delay.
+        accumulate: mini-batches per update.
+        epoch_length: mini-batches per epoch, where known; as in Lightning, an epoch's last mini-batch updates even if
+            `accumulate` does not divide the epoch.
+    """
+
+    extra_in_flight: int = 0
+    accumulate: int = 1
+    epoch_length: int | None = None
+
+    name: ClassVar[str] = "continuous"
+    unit: ClassVar[str] = "mini-batch"
+    mark: ClassVar[str] = "M"
+
+    def lag(self, stage: int, num_stages: int) -> int:
+        """The rows by which a stage's forwards run ahead of its backwards: ``(p - 1 - s) * (1 + extra)``."""
+        return (num_stages - 1 - stage) * (1 + self.extra_in_flight)
+
+    def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
+        """The rows of one stage: `lag` forwards, then one of each per row, until the data ends."""
+        lag = self.lag(stage, num_stages)
+        for step in range(num_batches + lag):
+            row: Row = (forward(step),) if step < num_batches else ()
+            if step >= lag:
+                done = step - lag
+                row += (backward(done), update(done)) if self.updates_after(done) else (backward(done),)
+            yield row
+
+    def updates_after(self, batch: int) -> bool:
+        """Whether the optimizer steps after the backward of `batch`, as Lightning's loop decides it."""
+        if self.epoch_length is None:
+            return (batch + 1) % self.accumulate == 0
+        in_epoch = batch % self.epoch_length
+        return (in_epoch + 1) % self.accumulate == 0 or in_epoch + 1 == self.epoch_length
+
+    def updates_before(self, batch: int) -> int:
+        """How many updates the first `batch` mini-batches make."""
+        if self.epoch_length is None:
+            return batch // self.accumulate
+        epochs, rest = divmod(batch, self.epoch_length)
+        return epochs * -(-self.epoch_length // self.accumulate) + rest // self.accumulate
+
+    def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
+        """``lag + 1``: the mini-batches forwarded in advance, and the one at hand."""
+        return min(self.lag(stage, num_stages) + 1, num_batches)
+
+    def version(self, stage: int, num_stages: int, batch: int) -> int:
+        """The updates of the first ``batch - lag`` mini-batches; ``max(0, batch - lag)`` where each one updates."""
+        return self.updates_before(max(0, batch - self.lag(stage, num_stages)))
+
+    def delay(self, stage: int, num_stages: int, batch: int) -> int:
+        """The updates of the last ``lag`` mini-batches before `batch`; ``lag`` in the steady state."""
+        return self.updates_before(batch) - self.version(stage, num_stages, batch)
+
+    def live_versions(self, stage: int, num_stages: int) -> int:
+        """The largest number of versions that some mini-batch in flight, or the next forward, needs at once.
+
+        That is one more than the updates that fit into `lag` local steps: ``ceil(lag / accumulate)``, and one more
+        for each end of an epoch that cuts an accumulation short on the way.
+        """
+        lag = self.lag(stage, num_stages)
+        period = self.accumulate if self.epoch_length is None else self.epoch_length
+        windows = (self.updates_before(start + lag) - self.updates_before(start) for start in range(period))
+        return 1 + max(windows)
+
+    def paper_ratio(self, num_stages: int, num_batches: int) -> float:
+        """``1 / (N / (2 (p - 1)) + 1)``, as the paper prints it.
+
+        The paper derives it from a total of ``N + 2 (p - 1)`` slots, which would hold N passes; the run of N
+        mini-batches (a forward and a backward each) takes ``2 N + 2 (p - 1)``, see `slot_exact_ratio`.
+        """
+        idle = self.idle_slots(num_stages)
+        return idle / (num_batches + idle)

@@ -1,0 +1,78 @@
+"""The schedules to compare with: one mini-batch is sliced into micro-batches, and the pipeline is emptied after it."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator
+from typing import ClassVar
+
+from lightning_cpipe.schedules.action import Row, backward, forward, update
+from lightning_cpipe.schedules.schedule import Schedule
+
+
+class Flushed(Schedule, ABC):
+    """What the flush schedules have in common: one update per plan, so no delay and one version."""
+
+    unit: ClassVar[str] = "micro-batch"
+
+    def version(self, stage: int, num_stages: int, batch: int) -> int:
+        """0: all micro-batches of a mini-batch see the same weights."""
+        return 0
+
+    def delay(self, stage: int, num_stages: int, batch: int) -> int:
+        """0: the update waits for every gradient."""
+        return 0
+
+    def paper_ratio(self, num_stages: int, num_batches: int) -> float:
+        """``(p - 1) / (m + p - 1)``, which is also what the table shows."""
+        return self.slot_exact_ratio(num_stages, num_batches)
+
+
+class GPipe(Flushed):
+    """GPipe (Huang et al. 2019): all forwards, then all backwards in reverse order, then the update.
+
+    3 stages, 4 micro-batches:
+
+        stage 0 | 0F 1F 2F 3F  *  *  *  * 3B 2B 1B 0B
+        stage 1 |  * 0F 1F 2F 3F  *  * 3B 2B 1B 0B  *
+        stage 2 |  *  * 0F 1F 2F 3F 3B 2B 1B 0B  *  *
+    """
+
+    name: ClassVar[str] = "gpipe"
+
+    def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
+        """The rows of one stage; the same for all."""
+        for batch in range(num_batches):
+            yield (forward(batch),)
+        for batch in reversed(range(num_batches)):
+            yield (backward(batch),)
+        yield (update(0),)
+
+    def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
+        """All of them."""
+        return num_batches
+
+
+class OneFOneB(Flushed):
+    """1F1B, also PipeDream-flush (Narayanan et al. 2019; 2021): each stage alternates as soon as it can.
+
+    3 stages, 4 micro-batches:
+
+        stage 0 | 0F  * 1F  * 2F 0B 3F 1B  * 2B  * 3B
+        stage 1 |  * 0F  * 1F 0B 2F 1B 3F 2B  * 3B  *
+        stage 2 |  *  * 0F 0B 1F 1B 2F 2B 3F 3B  *  *
+    """
+
+    name: ClassVar[str] = "1f1b"
+
+    def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
+        """The rows of one stage: warm-up, one forward and one backward per row, cool-down, update."""
+        ahead = num_stages - 1 - stage
+        for step in range(num_batches + ahead):
+            row: Row = (forward(step),) if step < num_batches else ()
+            yield row + ((backward(step - ahead),) if step >= ahead else ())
+        yield (update(num_batches - 1),)
+
+    def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
+        """``p - s``, or all of them where they are fewer."""
+        return min(num_stages - stage, num_batches)

@@ -1,0 +1,57 @@
+"""Adds the sends and receives to a plan. Whoever writes a schedule never writes one.
+
+A forward needs the activation of the stage before and hands on its own; a backward needs the gradient of the stage
+after and hands on its own. Each arrow between two stages is an *edge* with a process group of its own, so what counts
+on an edge is only that both ends name the mini-batches in the same order.
+"""
+
+from __future__ import annotations
+
+from lightning_cpipe.schedules.action import Action, Kind
+from lightning_cpipe.schedules.plan import Plan
+
+POSTED_AHEAD = 2
+"""How many receives of activations a stage posts before it needs them, so that a send can start at once even while
+the receiver validates or saves."""
+
+
+def with_transfers(plan: Plan, posted_ahead: int = POSTED_AHEAD) -> Plan:
+    """Lower a plan of computation to one with transfers, in the order in which the engine issues them.
+
+    The receive of a gradient is posted as soon as the forward has told its shape. The gradient is sent directly after
+    the backward, before the update, which then hides the transfer.
+
+    Roughly, for stage s in the middle:
+
+        F3  ->  POST_F5 RECV_F3 F3 POST_B3 SEND_F3
+        B0  ->  RECV_B0 B0 SEND_B0
+    """
+    return Plan(tuple(_lowered(plan, stage, posted_ahead) for stage in range(plan.num_stages)))
+
+
+def _lowered(plan: Plan, stage: int, posted_ahead: int) -> tuple[tuple[Action, ...], ...]:
+    first, last = stage == 0, stage == plan.num_stages - 1
+    to_post = iter(plan.batches(stage, Kind.FORWARD))
+    posted = 0
+    forwarded = 0
+    rows = []
+    for row in plan.rows[stage]:
+        actions: list[Action] = []
+        for action in row:
+            batch = action.batch
+            if action.kind is Kind.FORWARD:
+                while not first and posted <= forwarded + posted_ahead and (ahead := next(to_post, None)) is not None:
+                    actions.append(Action(Kind.POST_FORWARD, ahead))
+                    posted += 1
+                forwarded += 1
+                actions += [] if first else [Action(Kind.RECV_FORWARD, batch)]
+                actions.append(action)
+                actions += [] if last else [Action(Kind.POST_BACKWARD, batch), Action(Kind.SEND_FORWARD, batch)]
+            elif action.kind is Kind.BACKWARD:
+                actions += [] if last else [Action(Kind.RECV_BACKWARD, batch)]
+                actions.append(action)
+                actions += [] if first else [Action(Kind.SEND_BACKWARD, batch)]
+            else:
+                actions.append(action)
+        rows.append(tuple(actions))
+    return tuple(rows)

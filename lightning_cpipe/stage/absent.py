@@ -1,0 +1,86 @@
+"""A parameter whose weights live on another stage.
+
+It keeps its name, shape and dtype, so that the module tree, summaries and the groups of optimizers read as in the
+whole module, and takes no memory. Any computation with it is an error that says which weight was used and where it
+lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_cpipe.errors import AbsentWeightError
+
+
+class AbsentParameter(nn.Parameter):
+    """Stands in the module for a parameter of another stage.
+
+    Attributes:
+        full_name: the parameter's name in the whole module.
+        home: the stage that holds its weights.
+        here: the stage that was asked for them.
+    """
+
+    full_name: str
+    home: int
+    here: int
+
+    # Shape, dtype and the like never reach torch's dispatcher; what reaches it would compute.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def of(cls, parameter: Tensor, name: str, home: int, here: int) -> AbsentParameter:
+        """The stand-in for `parameter`."""
+        return _absent(tuple(parameter.shape), parameter.dtype, parameter.requires_grad, name, home, here)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Refuse what computes, by name. What would only move or convert the weights finds none to move."""
+        if func in _MOVES:
+            return args[0]
+        absent = next(_absent_in((args, kwargs)))
+        raise AbsentWeightError(
+            f"stage {absent.here} used the parameter {absent.full_name!r} (in {func}), whose weights live on stage"
+            f" {absent.home}. Code that runs outside the step, or between modules on every stage, sees only the"
+            " weights of its own stage: use the parameter inside the module that owns it, and call that module in the"
+            " step."
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Says where the weights are."""
+        return f"AbsentParameter({self.full_name!r}, shape={tuple(self.shape)}, weights on stage {self.home})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
+        """A stand-in of its own; there is nothing to copy."""
+        return type(self).of(self, self.full_name, self.home, self.here)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., AbsentParameter], tuple[Any, ...]]:
+        """Pickled as what it is: metadata."""
+        return _absent, (tuple(self.shape), self.dtype, self.requires_grad, self.full_name, self.home, self.here)
+
+
+def _absent(
+    shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, name: str, home: int, here: int
+) -> AbsentParameter:
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    absent: AbsentParameter = torch.Tensor._make_subclass(AbsentParameter, empty, requires_grad)
+    absent.full_name, absent.home, absent.here = name, home, here
+    return absent
+
+
+def _absent_in(tree: Any) -> Iterator[AbsentParameter]:
+    return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, AbsentParameter))
+
+
+_MOVES = frozenset({torch.ops.aten.detach.default, torch.ops.aten._to_copy.default})

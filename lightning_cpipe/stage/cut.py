@@ -1,0 +1,110 @@
+"""What a cut is, as data: who stubs what, what crosses, and where each weight lives.
+
+The probe writes it on rank 0, every rank reads it. Names are those of the whole module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lightning_cpipe.tree import Signature, Template
+
+
+class Value(NamedTuple):
+    """A tensor that a module returned.
+
+    Attributes:
+        module: the module's name.
+        call: the how-manieth call of it in the step, from 0.
+        leaf: the how-manieth tensor of its output, from 0.
+    """
+
+    module: str
+    call: int
+    leaf: int
+
+    def __str__(self) -> str:
+        more = [f"call {self.call}"] * (self.call > 0) + [f"tensor {self.leaf}"] * (self.leaf > 0)
+        return f"the output of {self.module!r}" + (f" ({', '.join(more)})" if more else "")
+
+
+class Crossing(NamedTuple):
+    """A value that crosses a cut.
+
+    Attributes:
+        value: which.
+        gradient: whether its gradient travels back.
+        rewritten: whether code after the module writes into it, so that each user needs a copy of its own.
+    """
+
+    value: Value
+    gradient: bool
+    rewritten: bool
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One stage's part of one step (`training_step`, `validation_step`, …).
+
+    Attributes:
+        stage: whose.
+        end: the block where the next stage begins and this one ends; None on the last stage.
+        stubs: the outermost modules that own weights or write buffers and are finished before this stage begins.
+        receives: what comes from the stage before, in the order of the message.
+        sends: what goes to the stage after, in the order of the message.
+    """
+
+    stage: int
+    end: str | None = None
+    stubs: tuple[str, ...] = ()
+    receives: tuple[Crossing, ...] = ()
+    sends: tuple[Crossing, ...] = ()
+
+
+TemplateTable = dict[tuple[str, int], Template]
+"""The outputs of stubbed modules without their numbers: (module, call) -> template."""
+
+
+@dataclass(frozen=True)
+class StepCut:
+    """How one step is cut.
+
+    Attributes:
+        passages: each stage's part, in order.
+        signature: of the batch that the probe ran.
+        templates: of every stub, for batches of that signature.
+    """
+
+    passages: tuple[Passage, ...]
+    signature: Signature
+    templates: TemplateTable
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a module is cut into stages.
+
+    Attributes:
+        starts: for each stage but the first, the block that begins it.
+        steps: by the step's name.
+        homes: the stages that hold each parameter's weights. One stage trains it; frozen ones may lie on several.
+        trained_on: the one stage that trains each parameter that gets a gradient.
+        buffer_homes: the stage whose copy of a buffer is the true one.
+        stand_ins: for each stage, the parameters of other stages that code between modules touches there without any
+            effect on what the stage makes. Their first values stay.
+        draws: the modules that draw random numbers and may be stubs.
+    """
+
+    starts: tuple[str, ...]
+    steps: dict[str, StepCut]
+    homes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    trained_on: dict[str, int] = field(default_factory=dict)
+    buffer_homes: dict[str, int] = field(default_factory=dict)
+    stand_ins: tuple[frozenset[str], ...] = ()
+    draws: frozenset[str] = frozenset()
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages."""
+        return len(self.starts) + 1

@@ -1,0 +1,91 @@
+"""Where each weight and buffer of the module lives, once it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from lightning_cpipe.errors import CutError
+
+
+class Homes:
+    """Fills up while the probe walks through the stages.
+
+    A parameter that gets a gradient lives on the stage that gives it, and nowhere else. Others live wherever a module
+    that holds them is called; one that nobody calls lives on the last stage, so that the module can be made whole
+    again.
+
+    Args:
+        root: the whole module.
+        num_stages: p.
+        called_on: for each watched module, the stages where it is called.
+        trains: whether anything is trained; if not, weights never change and may lie on several stages.
+    """
+
+    def __init__(
+        self, root: nn.Module, num_stages: int, called_on: dict[str, tuple[int, ...]], trains: bool
+    ) -> None:
+        self._root = root
+        self._called_on = called_on
+        self._last = num_stages - 1
+        self._changing = {name for name, parameter in root.named_parameters() if trains and parameter.requires_grad}
+        self._touched: list[set[int]] = [set() for _ in range(num_stages)]
+        self.trained_on: dict[str, int] = {}
+
+    def trains(self, stage: int, names: Iterable[str]) -> None:
+        """Note that these parameters get a gradient on `stage`.
+
+        Raises:
+            CutError: if another stage gives them one too.
+        """
+        for name in names:
+            other = self.trained_on.setdefault(name, stage)
+            if other != stage:
+                raise CutError(
+                    f"the parameter {name!r} gets a gradient on stage {stage} and on stage {other}. Parameters tied"
+                    " between stages are not supported yet: untie the weights (for a language model,"
+                    " `tie_word_embeddings=False`), move the cut with `split_points` so that both uses lie on one"
+                    " stage, or take a penalty over all parameters out of the loss and into the optimizer"
+                    " (`weight_decay`)."
+                )
+
+    def touches(self, stage: int, parameters: Iterable[int]) -> None:
+        """Note that code on `stage` touches these parameters, given by their ids."""
+        self._touched[stage].update(parameters)
+
+    def stages_of(self, name: str) -> tuple[int, ...]:
+        """The stages that hold a parameter's weights."""
+        if name in self.trained_on:
+            return (self.trained_on[name],)
+        called = self._where_called(name)
+        if name in self._changing:
+            return called[:1]
+        parameter = self._root.get_parameter(name)
+        touched = {stage for stage, ids in enumerate(self._touched) if id(parameter) in ids}
+        return tuple(sorted({*called, *touched}))
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The stages that hold each parameter's weights."""
+        return {name: self.stages_of(name) for name, _ in self._root.named_parameters()}
+
+    def buffers(self) -> dict[str, int]:
+        """The stage whose copy of each buffer is the true one: the first that calls the module."""
+        return {name: self._where_called(name)[0] for name, _ in self._root.named_buffers()}
+
+    def stand_ins(self, stage: int) -> frozenset[str]:
+        """The parameters trained elsewhere that code on `stage` touches without giving them a gradient."""
+        return frozenset(
+            name
+            for name, parameter in self._root.named_parameters()
+            if id(parameter) in self._touched[stage] and stage not in self.stages_of(name)
+        )
+
+    def _where_called(self, name: str) -> tuple[int, ...]:
+        """The stages that call the innermost watched module around a tensor."""
+        holder = name
+        while "." in holder:
+            holder = holder.rpartition(".")[0]
+            if holder in self._called_on:
+                return self._called_on[holder]
+        return (self._last,)

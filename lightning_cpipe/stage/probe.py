@@ -1,0 +1,238 @@
+"""Finds out what crosses the cuts, by trying.
+
+The whole module runs the first batch once, watched. Then each stage is replayed alone, from the last to the first,
+with the recorded numbers in place of what comes before it:
+
+1. What gets a gradient from the stage's own results must be received; and so must what later stages need and this
+   stage does not make. Its gradient travels back the same way.
+2. Some values cross without a gradient: an argmax, a mask. So the stage is run again with random numbers in all that
+   is not received. Whatever it sends, its loss, what it logs and returns and the buffers it writes must be the same
+   bits. What makes a difference is received too.
+3. With ``check="full"`` the stages are run one after the other, and loss and gradients compared with the whole
+   module's. It catches what no random numbers can, such as a block that leaves a tensor on an attribute.
+
+The probe changes nothing: not the module, not the generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, TemplateTable, Value
+from lightning_cpipe.stage.homes import Homes
+from lightning_cpipe.stage.isolation import Isolation
+from lightning_cpipe.stage.step import Observed, RecordedStep, Step
+from lightning_cpipe.stage.survey import Survey
+from lightning_cpipe.stage.trial import NOTHING, Trial, close
+from lightning_cpipe.tree import flatten
+from lightning_cpipe.stage.uncut import compare_with_uncut, require_same_as_uncut
+
+Check = Literal["auto", "full", "fills"]
+
+FULL_CHECK_BELOW = 50_000_000
+"""With ``check="auto"``, modules with fewer parameters than this are compared with the uncut module."""
+
+
+def probe(
+    root: nn.Module,
+    steps: Sequence[Step],
+    survey: Survey,
+    starts: Sequence[str],
+    device: torch.device,
+    check: Check = "auto",
+) -> Cut:
+    """Find the cut of `root` into stages that begin at `starts`.
+
+    Raises:
+        CutError: if it can't be cut there; the message names the module and the cut.
+    """
+    watched = survey.watched(root)
+    recorded = [RecordedStep(root, step, watched) for step in steps]
+    draws = frozenset(name for each in recorded for name in each.draws)
+    writes_buffers = {name for each in recorded for name in each.writes_buffers}
+    trains = any(step.trains for step in steps)
+    owners = [name for name in watched if _owns_weights(root, name) or _around_any(name, writes_buffers)]
+    unchanging = {n for n in owners if not (trains and _owns_trainable(root, n)) and not _around_any(n, writes_buffers)}
+    isolation = Isolation(root, draws)
+    try:
+        cutters = [_Cutter(root, each, owners, unchanging, starts, device) for each in recorded]
+        homes = Homes(root, len(starts) + 1, _called_on(cutters), trains)
+        for cutter in cutters:
+            with isolation.of(cutter.seed):
+                cutter.follow_gradients(homes)
+        for cutter in cutters:
+            with isolation.of(cutter.seed):
+                cutter.follow_numbers(homes)
+                if starts and (check == "full" or (check == "auto" and _size(root) < FULL_CHECK_BELOW)):
+                    cutter.compare_all()
+    finally:
+        isolation.remove()
+    return Cut(
+        starts=tuple(starts),
+        steps={cutter.name: cutter.cut() for cutter in cutters},
+        homes=homes.parameters(),
+        trained_on=homes.trained_on,
+        buffer_homes=homes.buffers(),
+        stand_ins=tuple(homes.stand_ins(stage) for stage in range(len(starts) + 1)),
+        draws=draws,
+    )
+
+
+class _Cutter:
+    """Finds the passages of one step."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        recorded: RecordedStep,
+        owners: Sequence[str],
+        unchanging: set[str],
+        starts: Sequence[str],
+        device: torch.device,
+    ) -> None:
+        self._root = root
+        self._recorded = recorded
+        self._starts = starts
+        self._device = device
+        recording = recorded.recording
+        self.moments = [recording.beginning(start) for start in starts]
+        if self.moments != sorted(self.moments):
+            raise CutError(
+                f"{self.name} reaches the modules at which the stages begin in another order than"
+                f" {', '.join(starts)}. Reorder `split_points`."
+            )
+        self._stubs: list[tuple[str, ...]] = [()]
+        self._stubs += [recording.finished_before(moment, owners, unchanging) for moment in self.moments]
+        self._templates: TemplateTable = {
+            (call.module, call.number): call.template
+            for call in recording.calls
+            if call.template is not None and any(call.module in stubs for stubs in self._stubs)
+        }
+        self._needed_by_gradient: list[frozenset[Value]] = []
+        self._passages: list[Passage] = []
+
+    @property
+    def name(self) -> str:
+        return self._recorded.step.name
+
+    @property
+    def seed(self) -> int:
+        return self._recorded.step.seed
+
+    def called_on(self) -> dict[str, tuple[int, ...]]:
+        """The stages that call each watched module."""
+        stages: dict[str, set[int]] = {}
+        for call in self._recorded.recording.calls:
+            stages.setdefault(call.module, set()).add(sum(call.enter >= moment for moment in self.moments))
+        return {module: tuple(sorted(found)) for module, found in stages.items()}
+
+    def follow_gradients(self, homes: Homes) -> None:
+        """From the last stage to the first: what gets a gradient, values and weights."""
+        found: list[frozenset[Value]] = []
+        sends: tuple[Crossing, ...] = ()
+        for stage in reversed(range(len(self._stubs))):
+            with self._trial(stage, sends) as trial:
+                dependence = trial.dependence() if self._recorded.step.trains else NOTHING
+                homes.trains(stage, dependence.weights)
+                homes.touches(stage, trial.touched())
+                self._require_recorded(trial)
+            found.append(dependence.values)
+            sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
+        self._needed_by_gradient = found[::-1]
+
+    def follow_numbers(self, homes: Homes) -> None:
+        """From the last stage to the first: what the results depend on in any way."""
+        sends: tuple[Crossing, ...] = ()
+        for stage in reversed(range(len(self._stubs))):
+            with self._trial(stage, sends) as trial:
+                sends = self._settle(trial, homes.stand_ins(stage))
+                self._passages.insert(
+                    0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends)
+                )
+
+    def compare_all(self) -> None:
+        """Compare the stages with the uncut module, gradients included."""
+        difference = compare_with_uncut(
+            self._root, self._recorded.step, self._passages, self._templates, self._device
+        )
+        require_same_as_uncut(difference, self._starts, self.name, self._suspects())
+
+    def cut(self) -> StepCut:
+        """What was found."""
+        return StepCut(tuple(self._passages), self._recorded.step.signature, self._templates)
+
+    @contextmanager
+    def _trial(self, stage: int, sends: tuple[Crossing, ...]) -> Iterator[Trial]:
+        end = self._starts[stage] if stage < len(self._starts) else None
+        passage = Passage(stage, end, self._stubs[stage], sends=sends)
+        trial = Trial(self._root, self._recorded, passage, self._templates, self._device)
+        try:
+            yield trial
+        finally:
+            trial.close()
+
+    def _settle(self, trial: Trial, stand_ins: frozenset[str]) -> tuple[Crossing, ...]:
+        """What a stage receives."""
+        if stand_ins and trial.depends_on_weights(stand_ins):
+            raise CutError(
+                f"stage {trial.passage.stage} uses the numbers of {', '.join(sorted(stand_ins))}, trained on another"
+                " stage, without giving it a gradient; its copy there would never be updated. Use it inside the"
+                " module that owns it, or move the cut with `split_points`."
+            )
+        gradient = set(self._needed_by_gradient[trial.passage.stage])
+        gradient |= {sent.value for sent in trial.passage.sends if sent.gradient}
+        needed = gradient | {sent.value for sent in trial.passage.sends}
+        while culprits := trial.depending_on([v for v in trial.values if v not in needed]):
+            needed |= set(culprits)
+        return tuple(Crossing(v, v in gradient, self._rewritten(v)) for v in trial.values if v in needed)
+
+    def _require_recorded(self, trial: Trial) -> None:
+        """The last stage, given the recorded numbers, must make what the whole module made."""
+        result, whole = trial.result(), self._recorded.observed
+        if isinstance(result, Observed):
+            alike = close(*(flatten([each.loss, each.facts])[0] for each in (result, whole)))
+            difference = None if alike else "the loss, a logged value or the output"
+            require_same_as_uncut(difference, self._starts, self.name, self._suspects())
+
+    def _rewritten(self, value: Value) -> bool:
+        return self._recorded.recording.rewritten(value)
+
+    def _suspects(self) -> list[str]:
+        """Attributes that change inside modules which are stubs somewhere."""
+        stubs = {name for stubs in self._stubs for name in stubs}
+        return [f"{module}.{key}" for module, key in self._recorded.changes if _inside_any(module, stubs)]
+
+
+def _called_on(cutters: Sequence[_Cutter]) -> dict[str, tuple[int, ...]]:
+    """The stages that call each watched module, in any step."""
+    stages: dict[str, set[int]] = {}
+    for cutter in cutters:
+        for module, found in cutter.called_on().items():
+            stages.setdefault(module, set()).update(found)
+    return {module: tuple(sorted(found)) for module, found in stages.items()}
+
+
+def _owns_weights(root: nn.Module, name: str) -> bool:
+    return next(root.get_submodule(name).parameters(), None) is not None
+
+
+def _owns_trainable(root: nn.Module, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in root.get_submodule(name).parameters())
+
+
+def _around_any(name: str, inner: set[str]) -> bool:
+    return any(f"{each}.".startswith(f"{name}.") for each in inner)
+
+
+def _inside_any(name: str, outer: set[str]) -> bool:
+    return any(f"{name}.".startswith(f"{each}.") for each in outer)
+
+
+def _size(root: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in root.parameters())

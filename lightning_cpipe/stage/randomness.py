@@ -1,0 +1,116 @@
+"""Seeded randomness: the same numbers on every rank, however many stages there are.
+
+A step of mini-batch j starts from a generator state that follows from the seed and j alone, on every rank. A module
+that draws random numbers and may lie on another stage (the probe finds out which do) gets its own state, from the
+seed, j and its name, and leaves the outer one as it was. So noise and masks in `training_step` agree on all ranks,
+and dropout does not depend on the cuts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+TorchState = tuple[torch.Tensor, list[torch.Tensor]]
+"""The states of torch's CPU generator, and of its CUDA generators that are in use."""
+
+GeneratorState = tuple[TorchState, dict[str, Any], Any]
+"""The states of torch's generators, of NumPy's and of Python's."""
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that follows from `parts` alone, on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def get_state() -> GeneratorState:
+    """The state of every generator that a step may draw from."""
+    return get_torch_state(), np.random.get_state(legacy=False), random.getstate()
+
+
+def set_state(state: GeneratorState) -> None:
+    """Put every generator back into `state`."""
+    of_torch, of_numpy, of_python = state
+    set_torch_state(of_torch)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside; outside, nothing was drawn."""
+    outer = get_state()
+    seed_torch(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        set_state(outer)
+
+
+@contextmanager
+def unchanged() -> Iterator[None]:
+    """Whatever is drawn inside, outside nothing was drawn."""
+    outer = get_state()
+    try:
+        yield
+    finally:
+        set_state(outer)
+
+
+def get_torch_state() -> TorchState:
+    """The state of torch's generators alone: 1 us on a CPU, where `get_state` takes 30."""
+    return torch.get_rng_state(), [generator.get_state() for generator in _cuda_generators()]
+
+
+def set_torch_state(state: TorchState) -> None:
+    """Put torch's generators back into `state`."""
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    for generator, saved in zip(_cuda_generators(), cuda):
+        generator.set_state(saved)
+
+
+def seed_torch(seed: int) -> None:
+    """Seed torch's generators.
+
+    `torch.manual_seed` also queues the seed for every accelerator that is not there, which takes 130 us instead of 1.
+    """
+    torch.default_generator.manual_seed(seed)
+    for generator in _cuda_generators():
+        generator.manual_seed(seed)
+
+
+class Stream:
+    """A state of its own that lives on between uses: what one rank draws from it, every rank draws.
+
+    Loaders are iterated in one, so that all ranks see the same shuffles and augmentations, whatever else each of
+    them draws.
+    """
+
+    def __init__(self, state: GeneratorState) -> None:
+        self._state = state
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw from the stream inside."""
+        outer = get_state()
+        set_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = get_state()
+            set_state(outer)
+
+
+def _cuda_generators() -> Sequence[torch.Generator]:
+    # `default_generators` is empty until CUDA is initialised; nothing can have been drawn from them before.
+    return torch.cuda.default_generators

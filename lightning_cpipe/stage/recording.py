@@ -1,0 +1,174 @@
+"""One run of a step of the whole module, watched from outside: which modules were called when, and what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.stage.cut import Value
+from lightning_cpipe.tree import Template, flatten
+
+
+@dataclass
+class Call:
+    """One call of a module.
+
+    Attributes:
+        module: its name.
+        number: the how-manieth call of it, from 0.
+        enter: the moment it began; moments count the beginnings and ends of all watched calls.
+        exit: the moment it ended.
+        template: its output without the numbers.
+        tensors: copies of its output's tensors, with their `requires_grad`.
+        rewritten: for each tensor, whether code after the module wrote into it.
+        drew: whether it drew random numbers outside the watched modules inside it.
+    """
+
+    module: str
+    number: int
+    enter: int
+    exit: int = -1
+    template: Template | None = None
+    tensors: tuple[Tensor, ...] = ()
+    rewritten: tuple[bool, ...] = ()
+    drew: bool = False
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All calls of the watched modules, in the order in which they began."""
+
+    calls: tuple[Call, ...]
+
+    def of(self, module: str) -> list[Call]:
+        """The calls of one module."""
+        return [call for call in self.calls if call.module == module]
+
+    def beginning(self, block: str) -> int:
+        """The moment a block is entered, which must happen exactly once.
+
+        Raises:
+            CutError: if the block is called never, or more than once.
+        """
+        calls = self.of(block)
+        if len(calls) != 1:
+            times = "is not called" if not calls else f"is called {len(calls)} times"
+            raise CutError(
+                f"a stage can't begin at {block!r}: the module {times} in the step. A cut must lie where the step"
+                " passes exactly once; choose other modules with `split_points`."
+            )
+        return calls[0].enter
+
+    def finished_before(self, moment: int, owners: Iterable[str], shared: Collection[str]) -> tuple[str, ...]:
+        """The outermost of `owners` whose calls all end before `moment`.
+
+        Args:
+            moment: the beginning of a stage.
+            owners: modules that hold weights or write buffers.
+            shared: those of them that may run on several stages, since nothing in them ever changes.
+
+        Raises:
+            CutError: if an owner that is not shared is called on both sides.
+        """
+        finished = []
+        for name in owners:
+            calls = self.of(name)
+            before = [call for call in calls if call.exit < moment]
+            if before and any(call.enter > moment for call in calls) and name not in shared:
+                raise CutError(
+                    f"{name!r} is called on both sides of a cut, so its weights would be tied between two stages."
+                    " Tied parameters are not supported yet: move the cut with `split_points` so that every call of it"
+                    " falls into one stage, or untie the weights."
+                )
+            if calls and len(before) == len(calls):
+                finished.append(name)
+        return tuple(name for name in finished if not any(name.startswith(f"{outer}.") for outer in finished))
+
+    def values(self, modules: Iterable[str]) -> dict[Value, Tensor]:
+        """Every tensor that these modules returned."""
+        return {
+            Value(call.module, call.number, leaf): tensor
+            for module in modules
+            for call in self.of(module)
+            for leaf, tensor in enumerate(call.tensors)
+        }
+
+    def rewritten(self, value: Value) -> bool:
+        """Whether code after the module wrote into the tensor."""
+        return self.of(value.module)[value.call].rewritten[value.leaf]
+
+
+def record(root: nn.Module, step: Callable[[], Any], watched: Iterable[str]) -> tuple[Recording, Any]:
+    """Run `step` and watch these modules.
+
+    Returns:
+        The recording, and what `step` returned.
+    """
+    recorder = _Recorder()
+    with recorder.watching(root, watched):
+        result = step()
+    return recorder.finish(), result
+
+
+class _Recorder:
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._open: list[tuple[Call, Tensor]] = []
+        self._outputs: list[tuple[Call, list[Tensor], list[int]]] = []
+        self._moment = 0
+
+    def watching(self, root: nn.Module, watched: Iterable[str]) -> Any:
+        return _Hooks(self._hooks(root, watched))
+
+    def _hooks(self, root: nn.Module, watched: Iterable[str]) -> Iterator[Any]:
+        for name in watched:
+            module = root.get_submodule(name)
+            yield module.register_forward_pre_hook(self._enter(name))
+            # Before any other forward hook: an isolation that ends there would put the generator back.
+            yield module.register_forward_hook(self._exit, prepend=True)
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            number = sum(call.module == name for call in self._calls)
+            call = Call(name, number, self._tick())
+            self._calls.append(call)
+            self._open.append((call, torch.get_rng_state()))
+
+        return enter
+
+    def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
+        call, generator = self._open.pop()
+        call.exit = self._tick()
+        call.template = Template.of(output)
+        call.drew = not torch.equal(generator, torch.get_rng_state())
+        live = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
+        call.tensors = tuple(leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in live)
+        self._outputs.append((call, live, [leaf._version for leaf in live]))
+
+    def finish(self) -> Recording:
+        for call, live, versions in self._outputs:
+            call.rewritten = tuple(leaf._version != version for leaf, version in zip(live, versions))
+        return Recording(tuple(self._calls))
+
+    def _tick(self) -> int:
+        self._moment += 1
+        return self._moment
+
+
+class _Hooks:
+    """Hooks that are there inside a `with` and gone after it."""
+
+    def __init__(self, handles: Iterator[Any]) -> None:
+        self._handles = list(handles)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,245 @@
+"""Runs one stage of a step that nobody changed.
+
+The rank runs the user's own `training_step`, and two things make it one stage of it. Modules that own weights and are
+finished before the stage begins are *stubs*: they compute nothing and return what was received for them, or, where
+nobody downstream needs it, zeros of the right structure and shape. And when the step reaches the block that begins
+the next stage, what that stage needs is taken, and the step is left. The code between modules runs for real on every
+stage; so does what owns no weights. The last stage runs through to the loss.
+
+What crosses is not known here; the probe finds it out and writes it into a `Passage`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cpipe.errors import CutError, DataMismatchError
+from lightning_cpipe.stage.cut import Crossing, Passage, TemplateTable, Value
+from lightning_cpipe.tree import Template, TensorSpec, flatten
+
+
+class _EndOfStage(BaseException):
+    """Unwinds the user's step. Not an `Exception`, so that a step which catches those does not catch this."""
+
+
+class Replayed:
+    """What one stage made of one step.
+
+    Attributes:
+        returned: what the step returned; None where the stage ends at a cut.
+        sent: the tensors for the next stage, attached to the graph, in the order of ``passage.sends``.
+        templates: the outputs of this stage's modules that are stubs later; filled if they were asked for.
+    """
+
+    def __init__(self, returned: Any, sent: list[Tensor], templates: TemplateTable) -> None:
+        self.returned = returned
+        self.sent = sent
+        self.templates = templates
+
+
+class Replay:
+    """The stubs and hooks of one stage on a module.
+
+    Args:
+        root: the whole module; its weights of other stages may be absent.
+        passages: this stage's part of each step, by the step's name.
+        device: where fillers are made.
+        stubbed_later: the modules that are stubs on later stages, whose outputs are described to them.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        passages: Mapping[str, Passage],
+        device: torch.device,
+        stubbed_later: Iterable[str] = (),
+    ) -> None:
+        self._passages = dict(passages)
+        self._device = device
+        self._running: _Run | None = None
+        self._zeros: dict[TensorSpec, Tensor] = {}
+        self._stubs: list[_Stub] = []
+        self._handles: list[RemovableHandle] = []
+
+        stubs = {name for passage in self._passages.values() for name in passage.stubs}
+        watched = {sent.value.module for passage in self._passages.values() for sent in passage.sends}
+        for name in sorted(stubs):
+            self._stubs.append(_Stub(root.get_submodule(name), name, self))
+        for name in sorted((watched | set(stubbed_later)) - stubs):
+            self._handles.append(root.get_submodule(name).register_forward_hook(self._capture(name)))
+        for end in sorted({passage.end for passage in self._passages.values() if passage.end is not None}):
+            # In front of every other hook: the block belongs to the next stage, hooks and all.
+            self._handles.append(root.get_submodule(end).register_forward_pre_hook(self._leave(end), prepend=True))
+
+    def run(
+        self,
+        name: str,
+        step: Callable[[], Any],
+        received: Sequence[Tensor] = (),
+        templates: TemplateTable | None = None,
+        *,
+        describe: bool = False,
+    ) -> Replayed:
+        """Run this stage's part of `step`.
+
+        Args:
+            name: the step's name.
+            step: calls the user's step of the whole module.
+            received: one tensor for each of ``passage.receives``. Those that need a gradient are leaves with
+                ``requires_grad``.
+            templates: the outputs of the stubs, for this batch's shapes.
+            describe: whether to note the templates of this stage's own modules.
+
+        Raises:
+            CutError: if the step does not pass the cuts as it did in the probe.
+        """
+        run = _Run(self._passages[name], received, templates or {}, describe)
+        outer, self._running = self._running, run
+        try:
+            returned = step()
+        except _EndOfStage:
+            return Replayed(None, run.sent(), run.described)
+        finally:
+            self._running = outer
+        if run.passage.end is not None:
+            raise CutError(
+                f"stage {run.passage.stage} ran {name} to its end and never reached {run.passage.end!r}, where stage"
+                f" {run.passage.stage + 1} begins. Every step must call it exactly once, as the first batch did."
+            )
+        return Replayed(returned, [], run.described)
+
+    def remove(self) -> None:
+        """Take the stubs and hooks away."""
+        for stub in self._stubs:
+            stub.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def stub_output(self, name: str) -> tuple[bool, Any]:
+        """Whether module `name` is a stub right now, and what it returns then."""
+        run = self._running
+        if run is None or name not in run.passage.stubs:
+            return False, None
+        return True, run.stub_output(name, self._filler)
+
+    def _filler(self, spec: TensorSpec) -> Tensor:
+        """Zeros that nobody's result depends on, kept from step to step. Written into, they are as good as before."""
+        zeros = self._zeros.get(spec)
+        if zeros is None or zeros.is_inference():
+            zeros = self._zeros[spec] = torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
+        return zeros.data
+
+    def _capture(self, name: str) -> Callable[..., None]:
+        def capture(module: nn.Module, args: Any, output: Any) -> None:
+            if self._running is not None:
+                self._running.capture(name, output)
+
+        return capture
+
+    def _leave(self, end: str) -> Callable[..., None]:
+        def leave(*_: Any) -> None:
+            if self._running is not None and self._running.passage.end == end:
+                raise _EndOfStage
+
+        return leave
+
+
+class _Run:
+    """What is known while a step is replayed."""
+
+    def __init__(
+        self, passage: Passage, received: Sequence[Tensor], templates: TemplateTable, describe: bool
+    ) -> None:
+        self.passage = passage
+        self.described: TemplateTable = {}
+        self._describe = describe
+        self._received = {crossing.value: tensor for crossing, tensor in zip(passage.receives, received)}
+        self._rewritten = {crossing.value for crossing in (*passage.receives, *passage.sends) if crossing.rewritten}
+        self._templates = templates
+        self._wanted = {crossing.value for crossing in passage.sends} - self._received.keys()
+        self._captured: dict[Value, tuple[Tensor, int]] = {}
+        self._calls: Counter[str] = Counter()
+
+    def stub_output(self, name: str, filler: Callable[[TensorSpec], Tensor]) -> Any:
+        call = self._calls[name]
+        self._calls[name] += 1
+        template = self._templates.get((name, call))
+        if template is None:
+            raise CutError(
+                f"{name!r} was called {call + 1} times on stage {self.passage.stage}, more often than for the first"
+                " batch of these shapes. A module before a cut must be called as often in every step."
+            )
+        return template.build(
+            self._given(Value(name, call, leaf), spec, filler) for leaf, spec in enumerate(template.specs)
+        )
+
+    def _given(self, value: Value, spec: TensorSpec, filler: Callable[[TensorSpec], Tensor]) -> Tensor:
+        tensor = self._received.get(value)
+        if tensor is None:
+            return filler(spec)
+        # A leaf that needs a gradient may not be written in place, and what is handed on must stay as it came.
+        return tensor.clone() if value in self._rewritten else tensor
+
+    def capture(self, name: str, output: Any) -> None:
+        call = self._calls[name]
+        self._calls[name] += 1
+        if self._describe:
+            self.described[name, call] = Template.of(output)
+        leaves = (leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
+        for number, leaf in enumerate(leaves):
+            value = Value(name, call, number)
+            if value in self._wanted:
+                kept = leaf.clone() if value in self._rewritten else leaf
+                self._captured[value] = kept, _version(kept)
+
+    def sent(self) -> list[Tensor]:
+        return [self._sent(crossing) for crossing in self.passage.sends]
+
+    def _sent(self, crossing: Crossing) -> Tensor:
+        value = crossing.value
+        if value in self._received:
+            return self._received[value]
+        if value not in self._captured:
+            raise CutError(
+                f"stage {self.passage.stage} reached {self.passage.end!r} without having made {value}, which the next"
+                " stage needs. Every step must call the same modules as the first batch did."
+            )
+        tensor, version = self._captured[value]
+        if _version(tensor) != version:
+            raise DataMismatchError(
+                f"{value} was written in place between the module and the cut at {self.passage.end!r}; it was not for"
+                " the first batch. Write out of place there (`x = x + y` for `x += y`)."
+            )
+        return tensor
+
+
+class _Stub:
+    """Replaces a module's forward, while a replay that stubs it runs."""
+
+    def __init__(self, module: nn.Module, name: str, replay: Replay) -> None:
+        self._module = module
+        self._saved = {key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__}
+        real = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stubbed, output = replay.stub_output(name)
+            return output if stubbed else real(*args, **kwargs)
+
+        module.__dict__["forward"] = forward
+        # A module compiled in place would trace the stub; there is nothing to compile in it.
+        module.__dict__["_compiled_call_impl"] = None
+
+    def remove(self) -> None:
+        for key in ("forward", "_compiled_call_impl"):
+            self._module.__dict__.pop(key, None)
+        self._module.__dict__.update(self._saved)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,87 @@
+"""A step of the whole module on the first batch, as the probe runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpipe.stage.isolation import Isolation
+from lightning_cpipe.stage.recording import Recording, record
+from lightning_cpipe.tree import Signature
+from lightning_cpipe.stage.untouched import Place, untouched
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a step gave to those who called it.
+
+    Attributes:
+        loss: the loss, attached to the graph; None if the step does not train.
+        facts: everything else that must not depend on the cut: the output, and each value that was logged.
+    """
+
+    loss: Tensor | None
+    facts: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the whole module.
+
+    Attributes:
+        name: ``training_step``, …
+        call: runs it on the first batch, from the same random state each time.
+        trains: whether gradients are wanted.
+        seed: what its modules' random numbers follow from.
+        signature: of its batch.
+    """
+
+    name: str
+    call: Callable[[], Observed]
+    trains: bool
+    seed: int
+    signature: Signature
+
+    def run(self) -> Observed:
+        """Call it, with a graph only if it trains."""
+        with torch.set_grad_enabled(self.trains):
+            return self.call()
+
+
+class RecordedStep:
+    """One watched run of the whole module's step.
+
+    Attributes:
+        step: which.
+        recording: the calls of the watched modules.
+        observed: what the step gave.
+        changes: the attributes and buffers that it changed.
+    """
+
+    def __init__(self, root: nn.Module, step: Step, watched: Sequence[str]) -> None:
+        self.step = step
+        self._root = root
+        isolation = Isolation(root, watched)
+        try:
+            with untouched(root) as before, isolation.of(step.seed):
+                recording, observed = record(root, step.run, watched)
+                self.changes: list[Place] = list(before.changes())
+        finally:
+            isolation.remove()
+        self.recording: Recording = recording
+        self.observed: Observed = observed
+
+    @cached_property
+    def draws(self) -> set[str]:
+        """The modules that drew random numbers."""
+        return {call.module for call in self.recording.calls if call.drew}
+
+    @cached_property
+    def writes_buffers(self) -> set[str]:
+        """The modules whose own buffers changed."""
+        return {module for module, key in self.changes if key in self._root.get_submodule(module)._buffers}

@@ -1,0 +1,73 @@
+"""A first run of a step, to see which modules it calls, in which order, and what they cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_cpipe.stage.blocks import find_blocks
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one run of a step showed.
+
+    Attributes:
+        calls: how often each module was called.
+        blocks: the places where a stage may begin: the blocks that were called once, in the order of their calls.
+        repeated: places that would do, but were called more than once.
+        costs: of each block, in floating-point operations of a forward, up to where the next one begins. What comes
+            before the first block counts to the first. Weights count once more, for their update.
+    """
+
+    calls: Counter[str]
+    blocks: tuple[str, ...]
+    repeated: tuple[str, ...]
+    costs: tuple[float, ...]
+
+    def watched(self, root: nn.Module) -> list[str]:
+        """The modules that a cut has to know of: everything called that is not inside a block, and the blocks."""
+        return [name for name in self._outside(root, "") if self.calls[name]]
+
+    def _outside(self, module: nn.Module, name: str) -> list[str]:
+        inside_or_root = [name] if name else []
+        if name in self.blocks:
+            return inside_or_root
+        for child_name, child in module.named_children():
+            inside_or_root += self._outside(child, f"{name}.{child_name}" if name else child_name)
+        return inside_or_root
+
+
+def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
+    """Run `step` once and look. It leaves traces in the module; run it inside `untouched`."""
+    candidates = set(find_blocks(root))
+    calls: Counter[str] = Counter()
+    begun: list[tuple[str, int]] = []
+    with ExitStack() as hooks, FlopCounterMode(display=False) as flops:
+
+        def note(name: str) -> Callable[..., None]:
+            def enter(*_: Any) -> None:
+                calls[name] += 1
+                if name in candidates:
+                    begun.append((name, flops.get_total_flops()))
+
+            return enter
+
+        for name, module in root.named_modules():
+            hooks.callback(module.register_forward_pre_hook(note(name)).remove)
+        step()
+        total = flops.get_total_flops()
+
+    once = [(name, at) for name, at in begun if calls[name] == 1]
+    ends = [at for _, at in once[1:]] + [total]
+    starts = [0] + [at for _, at in once[1:]]
+    weights = [sum(parameter.numel() for parameter in root.get_submodule(name).parameters()) for name, _ in once]
+    costs = (float(end - start + weight) for start, end, weight in zip(starts, ends, weights))
+    repeated = sorted({name for name, _ in begun if calls[name] > 1})
+    return Survey(calls, tuple(name for name, _ in once), tuple(repeated), tuple(costs))

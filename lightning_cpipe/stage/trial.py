@@ -1,0 +1,236 @@
+"""Replays one stage alone, with whatever is wanted in its stubs, to see what its results depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.stage.cut import Crossing, Passage, TemplateTable, Value
+from lightning_cpipe.stage.replay import Replay
+from lightning_cpipe.stage.step import Observed, RecordedStep
+from lightning_cpipe.tree import flatten, same_bits, tensors_in
+from lightning_cpipe.stage.untouched import Snapshot, untouched
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """What the results of a stage depend on through a gradient.
+
+    Attributes:
+        values: outputs of stubs.
+        weights: names of parameters.
+    """
+
+    values: frozenset[Value]
+    weights: tuple[str, ...]
+
+
+NOTHING = Dependence(frozenset(), ())
+
+
+class Trial:
+    """One stage of one step.
+
+    Args:
+        root: the whole module.
+        recorded: the whole module's run, whose numbers stand in the stubs unless others are given.
+        passage: the stage's stubs, its end and what it sends. What it receives is not known yet: here it gets
+            everything that its stubs return.
+        templates: the outputs of the stubs.
+        device: where the module is.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        recorded: RecordedStep,
+        passage: Passage,
+        templates: TemplateTable,
+        device: torch.device,
+    ) -> None:
+        self._root = root
+        self._recorded = recorded
+        self._step = recorded.step
+        self._templates = templates
+        self.values = recorded.recording.values(passage.stubs)
+        everything = tuple(Crossing(v, True, recorded.recording.rewritten(v)) for v in self.values)
+        self.passage = Passage(passage.stage, passage.end, passage.stubs, everything, passage.sends)
+        self._generator = torch.Generator().manual_seed(passage.stage)
+        self._replay = Replay(root, {self._step.name: self.passage}, device)
+
+    def close(self) -> None:
+        """Take the stubs away."""
+        self._replay.remove()
+
+    def touched(self) -> frozenset[int]:
+        """The ids of all parameters that code of the stage touches."""
+        watch = _TouchedParameters()
+        with untouched(self._root):
+            self._replayed(self.values, watch)
+        return frozenset(watch.ids)
+
+    def dependence(self) -> Dependence:
+        """What the results depend on through a gradient."""
+        leaves = {v: _leaf(tensor) for v, tensor in self.values.items()}
+        differentiable = [v for v, leaf in leaves.items() if leaf.requires_grad]
+        weights = [(name, p) for name, p in self._root.named_parameters() if p.requires_grad]
+        inputs = [*(leaves[v] for v in differentiable), *(p for _, p in weights)]
+        # The backward runs before the module is put back: it may need what the forward wrote into buffers.
+        with untouched(self._root):
+            result = self._replayed(leaves)
+            if isinstance(result, Observed):
+                outputs = [] if result.loss is None else [result.loss]
+            else:
+                outputs = [out for out, sent in zip(result, self.passage.sends) if sent.gradient]
+            outputs = [out for out in outputs if out.requires_grad]
+            if not outputs or not inputs:
+                return Dependence(frozenset(), ())
+            # Which of them get a gradient is the question, not how much.
+            ones = [torch.ones_like(out) for out in outputs]
+            gets = [g is not None for g in torch.autograd.grad(outputs, inputs, ones, allow_unused=True)]
+        return Dependence(
+            frozenset(v for v, yes in zip(differentiable, gets) if yes),
+            tuple(name for (name, _), yes in zip(weights, gets[len(differentiable) :]) if yes),
+        )
+
+    def result(self) -> Any:
+        """What the stage returns or sends when its stubs hold the recorded numbers."""
+        with untouched(self._root):
+            return self._replayed(self.values)
+
+    def depends_on_weights(self, names: Iterable[str]) -> bool:
+        """Whether the results change when random numbers stand in these parameters."""
+        return self._differs(self._baseline(), {}, names)
+
+    def depending_on(self, candidates: Sequence[Value]) -> list[Value]:
+        """Those of `candidates` that the results depend on in any way."""
+        return self._culprits(list(candidates), self._baseline())
+
+    def _replayed(
+        self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None
+    ) -> Any:
+        """One replay: what it returned or sent."""
+        with watch or nullcontext():
+            made = self._replay.run(self._step.name, self._step.run, list(received.values()), self._templates)
+        return made.sent if made.returned is None else made.returned
+
+    def _outcome(self, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> list[Any]:
+        received = {v: fills.get(v, tensor).detach() for v, tensor in self.values.items()}
+        with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
+            result = self._replayed(received)
+            written = _read_by_others(self._root, before)
+        facts = [result.loss, result.facts] if isinstance(result, Observed) else result
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten([facts, written])[0]]
+
+    def _baseline(self) -> _Baseline:
+        first = self._outcome({})
+        return _Baseline(first, exact=same_bits(first, self._outcome({})))
+
+    def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
+        try:
+            return not baseline.equals(self._outcome(fills, shaken))
+        except CutError:
+            raise
+        except Exception:
+            # The step itself objects to the numbers, so it looks at them.
+            return True
+
+    def _culprits(self, values: list[Value], baseline: _Baseline) -> list[Value]:
+        if not values or not self._matter(values, baseline):
+            return []
+        if len(values) == 1:
+            return values
+        half = len(values) // 2
+        return self._culprits(values[:half], baseline) + self._culprits(values[half:], baseline) or values
+
+    def _matter(self, values: list[Value], baseline: _Baseline) -> bool:
+        # Twice, with different numbers: one fill may hit the true value of a small integer.
+        return any(
+            self._differs(baseline, {v: _random_like(self.values[v], self._generator) for v in values})
+            for _ in range(2)
+        )
+
+
+@dataclass(frozen=True)
+class _Baseline:
+    """The outcome with the recorded numbers; compared to the bit where the hardware repeats itself to the bit."""
+
+    outcome: list[Any]
+    exact: bool
+
+    def equals(self, other: list[Any]) -> bool:
+        return same_bits(self.outcome, other) or (not self.exact and close(self.outcome, other))
+
+
+class _TouchedParameters(TorchFunctionMode):
+    """Notes every parameter that is given to a torch function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors_in((list(args), dict(kwargs or {})))
+        self.ids.update(id(leaf) for leaf in given if isinstance(leaf, nn.Parameter))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _random_weights(root: nn.Module, names: Iterable[str], generator: torch.Generator) -> Iterator[None]:
+    saved = [(parameter, parameter.data) for parameter in map(root.get_parameter, names)]
+    for parameter, data in saved:
+        parameter.data = _random_like(data, generator)
+    try:
+        yield
+    finally:
+        for parameter, data in saved:
+            parameter.data = data
+
+
+def _read_by_others(root: nn.Module, before: Snapshot) -> list[Any]:
+    """What changed and is read outside the step: buffers, the states of metrics, and the root's own attributes."""
+    return [
+        value
+        for (name, key), value in before.changes().items()
+        if not name or key in (module := root.get_submodule(name))._buffers or hasattr(module, "_defaults")
+    ]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach().clone()
+    return leaf.requires_grad_(tensor.requires_grad)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Other numbers of the same kind: booleans flipped, integers within the range there is, floats of its scale."""
+    if tensor.dtype is torch.bool:
+        return ~tensor
+    if tensor.numel() == 0:
+        return tensor
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        low, high = int(tensor.min()), int(tensor.max())
+        return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
+    scale = tensor.detach().abs().mean().nan_to_num(1.0, 1.0, 1.0) + 1e-3
+    return torch.randn(tensor.shape, generator=generator).to(tensor) * scale
+
+
+def close(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists of leaves are equal up to rounding, measured against the largest element of each tensor."""
+    return len(a) == len(b) and all(map(_close_leaf, a, b))
+
+
+def _close_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not b.is_floating_point():
+        return same_bits([a], [b])
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.detach(), b.detach()
+    slack = 64 * torch.finfo(b.dtype).eps * float(b.abs().max() if b.numel() else 0)
+    return bool((((a - b).abs() <= slack) | (torch.isnan(a) & torch.isnan(b))).all())

@@ -1,0 +1,55 @@
+"""Takes the weights of other stages out of a module, and puts them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpipe.stage.absent import AbsentParameter
+from lightning_cpipe.stage.cut import Cut
+
+
+def keep_only(root: nn.Module, cut: Cut, stage: int) -> None:
+    """Keep the weights of one stage; the others are absent from here on, and their memory is free."""
+    for name, parameter in list(root.named_parameters()):
+        if stage in cut.homes[name]:
+            continue
+        if name in cut.stand_ins[stage]:
+            parameter.requires_grad_(False)
+        else:
+            _replace(root, parameter, AbsentParameter.of(parameter, name, cut.homes[name][0], stage))
+
+
+def make_room(root: nn.Module, cut: Cut | None = None, stage: int = 0) -> None:
+    """Undo `keep_only`: every parameter has memory again, on the CPU; the numbers are to be filled in."""
+    for name, parameter in list(root.named_parameters()):
+        if isinstance(parameter, AbsentParameter):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            _replace(root, parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        elif cut is not None and name in cut.stand_ins[stage]:
+            parameter.requires_grad_(True)
+
+
+def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
+    """Write these parameters and buffers into the module."""
+    own: dict[str, Tensor] = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    with torch.no_grad():
+        for name, tensor in numbers.items():
+            own[name].copy_(tensor)
+
+
+def held_by(root: nn.Module, cut: Cut, stage: int) -> dict[str, Tensor]:
+    """The parameters and buffers whose true numbers are on this stage; of those on several, the first has them."""
+    parameters = {name: p for name, p in root.named_parameters() if cut.homes[name][0] == stage}
+    buffers = {name: b for name, b in root.named_buffers() if cut.buffer_homes.get(name) == stage}
+    return {**parameters, **buffers}
+
+
+def _replace(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put `new` wherever `old` hangs; a parameter may have several names."""
+    for module in root.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[key] = new

@@ -1,0 +1,142 @@
+"""Every private name of Lightning that this package touches, in one place.
+
+Lightning has no public way to change its loops since version 2.0. What is used here exists in 2.4 to 2.6; a test
+compares the names and their behaviour with what is written below, and fails by name when Lightning changes one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device as default_backend_for,
+)
+from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
+from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop as EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
+from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
+from lightning.pytorch.loops.prediction_loop import _PredictionLoop as PredictionLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as TrainingEpochLoop
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import (
+    _SubprocessScriptLauncher as SubprocessScriptLauncher,
+)
+from torch import Tensor
+
+__all__ = [
+    "AutomaticOptimization",
+    "DataFetcher",
+    "EvaluationLoop",
+    "FitLoop",
+    "MultiProcessingLauncher",
+    "PredictionLoop",
+    "SubprocessScriptLauncher",
+    "TrainingEpochLoop",
+    "adopt",
+    "as_of",
+    "combined_loader_of",
+    "default_backend_for",
+    "evaluation_arguments",
+    "init_dist_connection",
+    "instead_of",
+    "known_metrics",
+    "learn_metrics",
+    "optimizers_to_device",
+    "prepare_batch",
+    "set_received_sigterm",
+    "set_sampler_epoch",
+    "training_arguments",
+    "updates_after_this_batch",
+]
+
+Loop = TypeVar("Loop")
+
+
+def adopt(cls: type[Loop], original: Any) -> Loop:
+    """A loop of class `cls` with the whole state of Lightning's own loop."""
+    if isinstance(original, cls):
+        return original
+    loop = cls.__new__(cls)
+    loop.__dict__.update(original.__dict__)
+    return loop
+
+
+def combined_loader_of(loop: Any) -> Any:
+    """The loop's `CombinedLoader`, once `setup_data` has made it."""
+    return loop._combined_loader
+
+
+def training_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning would give to `training_step`: it leaves out `batch_idx` if the step does not take it."""
+    return tuple(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx).values())
+
+
+def evaluation_arguments(loop: Any, step: str, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What Lightning would give to the first loader's evaluation step."""
+    several = loop.num_dataloaders > 1 and getattr(loop, "_is_sequential", True)
+    kwargs = loop._build_kwargs(batch, batch_idx, 0 if several else None)
+    arguments: tuple[Any, ...] = loop._build_step_args_from_hook_kwargs(kwargs, step)
+    return arguments
+
+
+def prepare_batch(module: pl.LightningModule, batch: Any, device: torch.device) -> Any:
+    """What Lightning does with a batch before it gives it to a step."""
+    batch = module.trainer.precision_plugin.convert_input(batch)
+    batch = type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
+    return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def updates_after_this_batch(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer steps with the batch at hand."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def known_metrics(trainer: pl.Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The metrics that callbacks and loggers see: (callback_metrics, logged_metrics), without computing any."""
+    connector = trainer._logger_connector
+    return connector._callback_metrics, connector._logged_metrics
+
+
+def learn_metrics(trainer: pl.Trainer, callback: Mapping[str, Tensor], logged: Mapping[str, Tensor]) -> None:
+    """Let callbacks see metrics that were computed on another rank."""
+    known_callback, known_logged = known_metrics(trainer)
+    known_callback.update(callback)
+    known_logged.update(logged)
+
+
+def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:
+    """Let Lightning's loop act as if this process had received a SIGTERM, or had not."""
+    trainer._signal_connector.received_sigterm = received
+
+
+@contextmanager
+def as_of(trainer: pl.Trainer, epoch: int) -> Iterator[None]:
+    """Inside, `trainer.current_epoch` reads `epoch`."""
+    progress = trainer.fit_loop.epoch_progress.current
+    now, progress.completed = progress.completed, epoch
+    try:
+        yield
+    finally:
+        progress.completed = now
+
+
+def instead_of(module: pl.LightningModule, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Call `function` instead of the module's method `name`, until the returned function is called."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = function
+
+    def undo() -> None:
+        if before is None:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = before
+
+    return undo

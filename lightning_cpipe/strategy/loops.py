@@ -1,0 +1,245 @@
+"""Lightning's loops, with the few methods changed in which a pipeline differs.
+
+Everything else is Lightning's. The loops take over the state of the ones they replace, and keep the names of their
+attributes, so that checkpoints are interchangeable with those of any other strategy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_cpipe.strategy.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.lightning_private import (
+    AutomaticOptimization,
+    DataFetcher,
+    EvaluationLoop,
+    FitLoop,
+    PredictionLoop,
+    TrainingEpochLoop,
+    adopt,
+)
+
+
+class Pipeline(Protocol):
+    """What the loops ask of the strategy."""
+
+    def make_fetcher(self) -> LookaheadFetcher:
+        """A fetcher for this stage."""
+
+    def begin_stream(self) -> None:
+        """Training begins."""
+
+    def end_stream(self) -> None:
+        """Training ends: bring what is in flight to rest."""
+
+    def after_step(self, output: dict[str, Any]) -> None:
+        """A local step's optimization is done: learn what the last stage logged, and the true loss."""
+
+    def after_step_hooks(self) -> None:
+        """A local step's hooks are done: agree on whether to stop."""
+
+    def after_epoch(self) -> None:
+        """An epoch's hooks are done: agree on whether to stop."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """An evaluation runs inside."""
+
+    def share_evaluation(self, outputs: list[dict[str, Any]]) -> None:
+        """A loader of an evaluation is done: learn what the last stage logged for it."""
+
+    def after_evaluation(self) -> None:
+        """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
+
+
+@dataclass
+class AsOf:
+    """The place of a mini-batch that is forwarded in advance.
+
+    Attributes:
+        global_step: the optimizer steps before its own; None where the loop's own count holds.
+    """
+
+    global_step: int | None = None
+
+
+class PipelineOptimization(AutomaticOptimization):
+    """A step whose forward and backward are about different mini-batches."""
+
+    pipeline: Pipeline
+
+    @override
+    def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
+        output: dict[str, Any] = super().run(optimizer, batch_idx, kwargs)
+        self.pipeline.after_step(output)
+        return output
+
+
+class PipelineEpochLoop(TrainingEpochLoop):
+    """An epoch without collectives in every step."""
+
+    pipeline: Pipeline
+    as_of: AsOf
+
+    @property
+    @override
+    def global_step(self) -> int:
+        """The optimizer steps so far; inside a step that runs ahead, those before its mini-batch's own."""
+        if self.as_of.global_step is not None:
+            return self.as_of.global_step
+        steps: int = super().global_step
+        return steps
+
+    @override
+    def on_run_start(self, data_fetcher: DataFetcher) -> None:
+        super().on_run_start(data_fetcher)
+        assert isinstance(data_fetcher, LookaheadFetcher)
+        data_fetcher.begin_epoch(self.batch_progress.current.ready)
+
+    @override
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
+        self.pipeline.after_step_hooks()
+        super().on_advance_end(data_fetcher)
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: a collective in every step would make all stages wait for each other.
+
+        A SIGTERM travels with the last stage's decisions instead.
+        """
+
+
+class PipelineFitLoop(FitLoop):
+    """Epochs that the stages cross each in its own time."""
+
+    pipeline: Pipeline
+    _lookahead: LookaheadFetcher | None
+
+    @property  # type: ignore[override]
+    def _data_fetcher(self) -> LookaheadFetcher | None:
+        return self._lookahead
+
+    @_data_fetcher.setter
+    def _data_fetcher(self, fetcher: DataFetcher | None) -> None:
+        # Lightning assigns the fetcher it selected; ours takes its place before it is used.
+        self._lookahead = None if fetcher is None else self.pipeline.make_fetcher()
+
+    @override
+    def on_run_start(self) -> None:
+        self.pipeline.begin_stream()
+        super().on_run_start()
+
+    @override
+    def on_advance_start(self) -> None:
+        super().on_advance_start()
+        if self._lookahead is not None:
+            self._lookahead.keep_sampler_epoch()
+
+    @override
+    def on_advance_end(self) -> None:
+        super().on_advance_end()
+        self.pipeline.after_epoch()
+
+    @override
+    def on_run_end(self) -> None:
+        self.pipeline.end_stream()
+        super().on_run_end()
+
+
+class PipelineEvaluationLoop(EvaluationLoop):
+    """An evaluation that streams forward only; what the last stage logs, all ranks learn."""
+
+    pipeline: Pipeline
+    _is_set_up: bool = False
+
+    @override
+    def setup_data(self) -> None:
+        # The strategy's set-up has asked for the loaders already, to look at their first batch.
+        if not self._is_set_up:
+            super().setup_data()
+
+    def set_up_once(self) -> None:
+        """Set the loaders up now; the next `run` uses them."""
+        self.setup_data()
+        self._is_set_up = True
+
+    @override
+    def run(self) -> list[dict[str, Any]]:
+        with self.pipeline.evaluating():
+            results: list[dict[str, Any]] = super().run()
+        return results
+
+    @override
+    def reset(self) -> None:
+        self._is_set_up = False
+        super().reset()
+
+    @override
+    def _store_dataloader_outputs(self) -> None:
+        super()._store_dataloader_outputs()
+        self.pipeline.share_evaluation(self._logged_outputs)
+
+    @override
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        self.pipeline.after_evaluation()
+        super()._on_evaluation_end(*args, **kwargs)
+
+
+class PipelinePredictionLoop(PredictionLoop):
+    """Predictions that stream forward only; they are there on rank 0, which holds the last stage."""
+
+    pipeline: Pipeline
+    _is_set_up: bool = False
+
+    @override
+    def setup_data(self) -> None:
+        if not self._is_set_up:
+            super().setup_data()
+
+    def set_up_once(self) -> None:
+        """Set the loaders up now; the next `run` uses them."""
+        self.setup_data()
+        self._is_set_up = True
+
+    @override
+    def run(self) -> Any:
+        with self.pipeline.evaluating():
+            return super().run()
+
+    @override
+    def reset(self) -> None:
+        self._is_set_up = False
+        super().reset()
+
+
+def install_loops(trainer: pl.Trainer, pipeline: Pipeline) -> None:
+    """Replace the trainer's loops by ours; does nothing where they are ours already."""
+    fit = adopt(PipelineFitLoop, trainer.fit_loop)
+    fit.__dict__.setdefault("_lookahead", fit.__dict__.pop("_data_fetcher", None))
+    fit.epoch_loop = adopt(PipelineEpochLoop, fit.epoch_loop)
+    fit.epoch_loop.__dict__.setdefault("as_of", AsOf())
+    fit.epoch_loop.automatic_optimization = adopt(PipelineOptimization, fit.epoch_loop.automatic_optimization)
+    fit.epoch_loop.val_loop = adopt(PipelineEvaluationLoop, fit.epoch_loop.val_loop)
+    trainer.fit_loop = fit
+    trainer.validate_loop = adopt(PipelineEvaluationLoop, trainer.validate_loop)
+    trainer.test_loop = adopt(PipelineEvaluationLoop, trainer.test_loop)
+    trainer.predict_loop = adopt(PipelinePredictionLoop, trainer.predict_loop)
+    for loop in (
+        fit,
+        fit.epoch_loop,
+        fit.epoch_loop.automatic_optimization,
+        fit.epoch_loop.val_loop,
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):
+        loop.pipeline = pipeline
+
+

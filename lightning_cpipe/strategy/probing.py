@@ -1,0 +1,167 @@
+"""Prepares the probe: the steps of a LightningModule that will run, on the first batch that each will see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.stage.balance import balanced_starts
+from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.probe import Check, probe
+from lightning_cpipe.stage.randomness import derived_seed, seeded, unchanged
+from lightning_cpipe.stage.step import Observed, Step
+from lightning_cpipe.stage.survey import Survey, survey
+from lightning_cpipe.stage.untouched import untouched
+from lightning_cpipe.strategy.fetcher import Drawn
+from lightning_cpipe.strategy.lightning_private import (
+    combined_loader_of,
+    evaluation_arguments,
+    instead_of,
+    prepare_batch,
+    training_arguments,
+)
+from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
+from lightning_cpipe.tree import signature
+
+_CONTEXTS = {
+    "training_step": "train_step_context",
+    "validation_step": "val_step_context",
+    "test_step": "test_step_context",
+    "predict_step": "predict_step_context",
+}
+
+
+def training_probe_step(module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int) -> Step:
+    """`training_step` on the first mini-batch that will be trained."""
+    with unchanged():
+        batch = prepare_batch(module, drawn.batch, device)
+    arguments = training_arguments(module.trainer, batch, drawn.index)
+    return _step(module, "training_step", arguments, seed, drawn.signature)
+
+
+def evaluation_probe_step(
+    module: pl.LightningModule,
+    loop: PipelineEvaluationLoop | PipelinePredictionLoop,
+    name: str,
+    device: torch.device,
+    seed: int,
+) -> Step | None:
+    """An evaluation's step on the first batch of its first loader; None if the evaluation will not run."""
+    if not is_overridden(name, module) and name != "predict_step":
+        return None
+    with unchanged():
+        loop.set_up_once()
+        loader = combined_loader_of(loop)
+        if loader is None or not sum(loop.max_batches):
+            return None
+        batch, index, _ = next(iter(loader))
+        loader.reset()
+        prepared = prepare_batch(module, batch, device)
+    return _step(module, name, evaluation_arguments(loop, name, prepared, index), seed, signature(batch))
+
+
+def find_cut(
+    module: pl.LightningModule,
+    steps: Sequence[Step],
+    num_stages: int,
+    split_points: str | Sequence[str],
+    device: torch.device,
+    check: Check,
+) -> Cut:
+    """Choose where to cut, and probe it.
+
+    Raises:
+        CutError: if the module can't be cut there.
+    """
+    with untouched(module):
+        seen = survey(module, steps[0].run)
+    starts = _starts(module, seen, num_stages, split_points)
+    return probe(module, steps, seen, starts, device, check)
+
+
+def _starts(
+    module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]
+) -> list[str]:
+    if isinstance(split_points, str):
+        if len(seen.blocks) < num_stages:
+            raise CutError(
+                f"{num_stages} stages need as many blocks, and {type(module).__name__} has {len(seen.blocks)} where a"
+                f" stage could begin: {', '.join(seen.blocks) or 'none'}. A block is a child of the `nn.Sequential` or"
+                " `nn.ModuleList` that holds most parameters, called exactly once per step."
+                + (f" Called more often: {', '.join(seen.repeated)}." if seen.repeated else "")
+                + " Lower `devices` (or `num_stages`), or name the modules that begin a stage with `split_points`."
+            )
+        return [seen.blocks[position] for position in balanced_starts(seen.costs, num_stages)]
+    names = dict(module.named_modules())
+    unknown = [name for name in split_points if name not in names]
+    if unknown:
+        raise CutError(
+            f"split_points names modules that {type(module).__name__} does not have: {', '.join(unknown)}. Where a"
+            f" stage could begin: {', '.join(seen.blocks)}."
+        )
+    if len(split_points) != num_stages - 1:
+        raise CutError(
+            f"{num_stages} stages begin at {num_stages - 1} split points besides the start; `split_points` has"
+            f" {len(split_points)}."
+        )
+    return list(split_points)
+
+
+def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:
+    trains = name == "training_step"
+    context = getattr(module.trainer.precision_plugin, _CONTEXTS[name])
+
+    def call() -> Observed:
+        logged: dict[str, Any] = {}
+        with _unheard(module, logged), seeded(seed), context():
+            if not trains:
+                module.eval()
+            returned = getattr(module, name)(*arguments)
+        facts = [_without_loss(returned) if trains else returned, logged]
+        return Observed(_loss_of(returned) if trains else None, facts)
+
+    return Step(name, call, trains, derived_seed(seed, name), kind)
+
+
+@contextmanager
+def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
+    """What the step logs goes to `logged`, and nothing to the trainer, its loggers or the screen."""
+
+    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+        logged[name] = value if isinstance(value, (Tensor, int, float)) else None
+
+    trainer = module.trainer
+    loggers = trainer.loggers
+    undo: list[Callable[[], None]] = [
+        instead_of(module, "log", log),
+        instead_of(module, "print", lambda *_, **__: None),
+    ]
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+        for each in undo:
+            each()
+
+
+def _loss_of(returned: Any) -> Tensor:
+    loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+    if not isinstance(loss, Tensor):
+        raise CutError(
+            f"`training_step` returned {type(loss).__name__} for the first batch, where a pipeline needs the loss: a"
+            " tensor, or a dict with one under 'loss'. Skipping mini-batches by returning None is not supported yet."
+        )
+    return loss
+
+
+def _without_loss(returned: Any) -> Any:
+    return {key: value for key, value in returned.items() if key != "loss"} if isinstance(returned, Mapping) else None

@@ -1,0 +1,174 @@
+"""Nested structures of tensors: what modules return and what loaders yield.
+
+Lists, tuples, named tuples, dicts, dataclasses and whatever is registered with torch's pytree (the outputs of
+`transformers` are) are taken apart into leaves and put together again. Any other object is a leaf.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class TensorSpec(NamedTuple):
+    """What a receiver must know of a tensor before it comes.
+
+    Attributes:
+        shape: sizes of the dimensions.
+        dtype: element type.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        """The spec of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A dataclass instance taken apart."""
+
+    cls: type
+    names: tuple[str, ...]
+    structure: Structure
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How leaves are put together again."""
+
+    spec: pytree.TreeSpec
+    dataclasses: tuple[tuple[int, _Fields], ...]
+
+    def build(self, leaves: Iterable[Any]) -> Any:
+        """The nested structure with these leaves, in the order in which `flatten` gave them."""
+        leaves = iter(leaves)
+        inner = dict(self.dataclasses)
+        outer = []
+        for position in range(self.spec.num_leaves):
+            if (fields := inner.get(position)) is None:
+                outer.append(next(leaves))
+                continue
+            instance = object.__new__(fields.cls)
+            values = fields.structure.build(islice(leaves, fields.structure.num_leaves))
+            for name, value in zip(fields.names, values):
+                object.__setattr__(instance, name, value)
+            outer.append(instance)
+        return pytree.tree_unflatten(outer, self.spec)
+
+    def __getstate__(self) -> tuple[Any, tuple[tuple[int, _Fields], ...]]:
+        # torch warns when its own specs are pickled; an example with numbers for leaves says the same.
+        return pytree.tree_unflatten(range(self.spec.num_leaves), self.spec), self.dataclasses
+
+    def __setstate__(self, state: tuple[Any, tuple[tuple[int, _Fields], ...]]) -> None:
+        example, taken_apart = state
+        object.__setattr__(self, "spec", pytree.tree_structure(example))
+        object.__setattr__(self, "dataclasses", taken_apart)
+
+    @property
+    def num_leaves(self) -> int:
+        """How many leaves `build` takes."""
+        return self.spec.num_leaves + sum(fields.structure.num_leaves - 1 for _, fields in self.dataclasses)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a nested structure in order, and how to build it again."""
+    outer, spec = pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    taken_apart = []
+    for position, leaf in enumerate(outer):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            names = tuple(field.name for field in dataclasses.fields(leaf))
+            inner, structure = flatten([getattr(leaf, name) for name in names])
+            taken_apart.append((position, _Fields(type(leaf), names, structure)))
+            leaves += inner
+        else:
+            leaves.append(leaf)
+    return leaves, Structure(spec, tuple(taken_apart))
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors of a nested structure, in order."""
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same structure with `function` applied to each tensor."""
+    leaves, structure = flatten(tree)
+    return structure.build([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+@dataclass(frozen=True)
+class Template:
+    """The output of a module without its numbers.
+
+    Attributes:
+        structure: how the leaves belong together.
+        leaves: a `TensorSpec` for each tensor, and every other leaf itself.
+    """
+
+    structure: Structure
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, output: Any) -> Template:
+        """The template of an output."""
+        leaves, structure = flatten(output)
+        return cls(structure, tuple(TensorSpec.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+
+    @property
+    def specs(self) -> list[TensorSpec]:
+        """The specs of its tensors, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorSpec)]
+
+    def build(self, tensors: Iterable[Tensor]) -> Any:
+        """The output with these tensors, one for each spec in order."""
+        tensors = iter(tensors)
+        return self.structure.build([next(tensors) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves])
+
+
+Signature = tuple[Any, ...]
+"""What decides the shapes inside a step: structure, shapes and dtypes of its batch. Hashable."""
+
+
+def signature(batch: Any) -> Signature:
+    """The signature of a batch. Values of numbers and strings in it are left out."""
+    if isinstance(batch, Tensor):
+        return TensorSpec.of(batch)
+    if isinstance(batch, Mapping):
+        return (type(batch), *((key, signature(value)) for key, value in batch.items()))
+    if isinstance(batch, (list, tuple)):
+        return (type(batch), *map(signature, batch))
+    if dataclasses.is_dataclass(batch):
+        return (type(batch), *(signature(getattr(batch, field.name)) for field in dataclasses.fields(batch)))
+    return (type(batch),)
+
+
+def same_bits(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists of leaves are equal, tensors bit for bit (so that NaN equals itself)."""
+    return len(a) == len(b) and all(map(_same_leaf, a, b))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return TensorSpec.of(a) == TensorSpec.of(b) and torch.equal(_as_bytes(a), _as_bytes(b))
+    if isinstance(a, (int, float, str, bool, type(None))):
+        return type(a) is type(b) and (a == b or a != a)
+    return type(a) is type(b)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
