@@ -35,4 +35,12 @@ class DataMismatchError(CPipeError):
 
 
 class RankLostError(CPipeError):
-    """Another rank of the pipeline ended before its work was done."""
+    """Another rank of the pipeline ended before its work was done.
+
+    Attributes:
+        lost: the rank at the other end of the broken connection; None where it is not known.
+    """
+
+    def __init__(self, message: str, lost: int | None = None) -> None:
+        super().__init__(message)
+        self.lost = lost

@@ -140,6 +140,10 @@ class Template:
         return self.structure.build([next(tensors) if isinstance(leaf, TensorSpec) else leaf for leaf in self.leaves])
 
 
+TemplateTable = dict[tuple[str, int], Template]
+"""The outputs of modules without their numbers: (module, call) -> template."""
+
+
 Signature = tuple[Any, ...]
 """What decides the shapes inside a step: structure, shapes and dtypes of its batch. Hashable."""
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning_cpipe.transport.records import Records
 
+_TO_NEIGHBOUR = "to the neighbour alone"
+
 
 class Decisions:
     """One stage's place in the chain.
@@ -31,7 +33,7 @@ class Decisions:
         return self._from_next is None
 
     def tell(self, topic: str, content: Any) -> None:
-        """The last stage says something. Returns at once."""
+        """The last stage says something to all. Returns at once."""
         if self._to_previous is not None:
             self._to_previous.send((topic, content))
 
@@ -40,7 +42,7 @@ class Decisions:
         assert self._from_next is not None
         while not self._early[topic]:
             found, content = self._from_next.receive()
-            if self._to_previous is not None:
+            if self._to_previous is not None and found != _TO_NEIGHBOUR:
                 self._to_previous.send((found, content))
             self._early[found].append(content)
         return self._early[topic].popleft()
@@ -51,3 +53,21 @@ class Decisions:
             return self.hear(topic)
         self.tell(topic, content)
         return content
+
+    def tell_previous(self, content: Any) -> None:
+        """Say something to the stage before alone. Returns at once."""
+        self.tell(_TO_NEIGHBOUR, content)
+
+    def hear_next(self, otherwise: Any = None) -> Any:
+        """What the stage after says to this one alone; `otherwise` if there is none."""
+        return otherwise if self.leads else self.hear(_TO_NEIGHBOUR)
+
+    def tell_last(self) -> None:
+        """Say nothing more."""
+        if self._to_previous is not None:
+            self._to_previous.send_last()
+
+    def discard(self) -> None:
+        """Hear to the end."""
+        if self._from_next is not None:
+            self._from_next.discard()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_cpipe.stage.cut import Crossing, StepCut, TemplateTable
-from lightning_cpipe.tree import Signature, TensorSpec
+from lightning_cpipe.stage.cut import Crossing, StepCut
+from lightning_cpipe.tree import Signature, TemplateTable, TensorSpec
 
 
 class Shapes:

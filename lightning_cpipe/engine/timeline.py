@@ -1,4 +1,4 @@
-"""What a stage did when: spans of time, and their sums.
+"""What a stage does when: spans of time, their sums, and what it is at right now.
 
 Idle is waiting for a neighbour, nothing else: `WAIT_ACTIVATION` and `WAIT_GRADIENT`. What is in no span is the time
 of the training loop, its hooks and its loggers; it is called *other* where it is shown.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Span(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        batch: the mini-batch it was for; −1 where it is for none.
+        batch: the mini-batch it was for.
         start_ns: nanoseconds on the machine's monotonic clock, which all processes of a machine share.
         end_ns: likewise.
     """
@@ -50,35 +50,45 @@ class Timeline:
     """The spans of one stage, by the CPU's clock.
 
     All spans are summed; the first `keep` and the last `keep` are kept one by one.
+
+    Args:
+        keep: how many.
+        tell: called with the number of the mini-batch whenever a span begins.
     """
 
-    def __init__(self, keep: int = 4096) -> None:
+    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None) -> None:
+        self._keep = keep
+        self._tell = tell
         self._first: list[Span] = []
         self._last: deque[Span] = deque(maxlen=keep)
-        self._keep = keep
         self._sums = dict.fromkeys(KINDS, 0)
-        self._begun: tuple[str, int, int] | None = None
+        self._update: tuple[int, int] | None = None
+        self.now_at: tuple[str, int] | None = None
+        """Kind and mini-batch of the span that began last; None before the first."""
         self.start_ns = time.perf_counter_ns()
         """When the timeline began."""
 
     @contextmanager
-    def measure(self, kind: str, batch: int = -1) -> Iterator[None]:
+    def measure(self, kind: str, batch: int) -> Iterator[None]:
         """The time inside is a span."""
+        self._note(kind, batch)
         start = time.perf_counter_ns()
         try:
             yield
         finally:
             self._add(Span(kind, batch, start, time.perf_counter_ns()))
 
-    def begin(self, kind: str, batch: int) -> None:
-        """A span begins here; `end` ends it."""
-        self._begun = kind, batch, time.perf_counter_ns()
+    def begin_update(self, batch: int) -> None:
+        """The span of an update begins; it ends in another function, with `end_update`."""
+        self._note(UPDATE, batch)
+        self._update = batch, time.perf_counter_ns()
 
-    def end(self) -> None:
-        """The span that `begin` began ends here, if one did."""
-        if self._begun is not None:
-            self._add(Span(*self._begun, time.perf_counter_ns()))
-            self._begun = None
+    def end_update(self) -> None:
+        """The update that began ends here; does nothing if none did."""
+        if self._update is not None:
+            batch, start = self._update
+            self._add(Span(UPDATE, batch, start, time.perf_counter_ns()))
+            self._update = None
 
     def settle(self) -> None:
         """Wait until every span is known; nothing to wait for on the CPU."""
@@ -86,12 +96,17 @@ class Timeline:
     @property
     def sums_ns(self) -> dict[str, int]:
         """Nanoseconds by kind, of all spans so far."""
-        return dict(self._sums)
+        return self._sums.copy()
 
     @property
     def spans(self) -> list[Span]:
         """The spans that were kept, in the order in which they ended."""
         return [*self._first, *self._last]
+
+    def _note(self, kind: str, batch: int) -> None:
+        self.now_at = kind, batch
+        if self._tell is not None:
+            self._tell(batch)
 
     def _add(self, span: Span) -> None:
         self._sums[span.kind] += span.end_ns - span.start_ns
@@ -108,15 +123,16 @@ class CudaTimeline(Timeline):
     once they have passed, so nothing synchronises. Never run by this project's own tests, which have no GPU.
     """
 
-    def __init__(self, keep: int = 4096) -> None:
-        super().__init__(keep)
+    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None) -> None:
+        super().__init__(keep, tell)
         self._pending: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._open: tuple[str, int, torch.cuda.Event] | None = None
+        self._updating: tuple[int, torch.cuda.Event] | None = None
         self._zero = self._mark()
 
     @contextmanager
-    def measure(self, kind: str, batch: int = -1) -> Iterator[None]:
+    def measure(self, kind: str, batch: int) -> Iterator[None]:
         """The time inside, in the stream's order, is a span."""
+        self._note(kind, batch)
         start = self._mark()
         try:
             yield
@@ -124,15 +140,16 @@ class CudaTimeline(Timeline):
             self._pending.append((kind, batch, start, self._mark()))
             self._read()
 
-    def begin(self, kind: str, batch: int) -> None:
-        """A span begins here; `end` ends it."""
-        self._open = kind, batch, self._mark()
+    def begin_update(self, batch: int) -> None:
+        """The span of an update begins; it ends in another function, with `end_update`."""
+        self._note(UPDATE, batch)
+        self._updating = batch, self._mark()
 
-    def end(self) -> None:
-        """The span that `begin` began ends here, if one did."""
-        if self._open is not None:
-            self._pending.append((*self._open, self._mark()))
-            self._open = None
+    def end_update(self) -> None:
+        """The update that began ends here; does nothing if none did."""
+        if self._updating is not None:
+            self._pending.append((UPDATE, *self._updating, self._mark()))
+            self._updating = None
 
     def settle(self) -> None:
         """Wait until every span is known."""

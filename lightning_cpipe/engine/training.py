@@ -13,81 +13,68 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_cpipe.engine.in_flight import InFlight
+from lightning_cpipe.engine.figures import Bookkeeper, StageFigures
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source
+from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.shapes import Shapes, gradient_specs_of, specs_of
-from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, Timeline
-from lightning_cpipe.errors import DataMismatchError
+from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, WAIT_GRADIENT, Timeline
+from lightning_cpipe.errors import DataMismatchError, PlanError
 from lightning_cpipe.schedules.action import Kind, Row
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.cut import Passage, StepCut, TemplateTable
-from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.stage.randomness import seeded
-from lightning_cpipe.stage.replay import Replay
+from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
-from lightning_cpipe.transport.edge import Edge
-from lightning_cpipe.transport.records import Records
-from lightning_cpipe.tree import TensorSpec
+from lightning_cpipe.tree import TemplateTable, TensorSpec
 
 STEP = "training_step"
 
 
 @dataclass
-class Neighbours:
-    """A stage's ends of training's lanes; None where there is no neighbour.
+class InFlight:
+    """A mini-batch that was forwarded and not yet backwarded.
 
     Attributes:
-        activations_in: from the stage before.
-        activations_out: to the stage after.
-        gradients_in: from the stage after.
-        gradients_out: to the stage before.
-        records_in: from the stage before.
-        records_out: to the stage after.
+        mini_batch: which.
+        received: what came from the stage before; leaves, those with a gradient collect it.
+        sent: what went to the stage after, attached to the graph.
+        returned: what the step returned, on the last stage.
     """
 
-    activations_in: Edge | None = None
-    activations_out: Edge | None = None
-    gradients_in: Edge | None = None
-    gradients_out: Edge | None = None
-    records_in: Records | None = None
-    records_out: Records | None = None
+    mini_batch: MiniBatch
+    received: list[Tensor]
+    sent: list[Tensor]
+    returned: Any
 
 
-@dataclass
-class _Record:
+class Record(NamedTuple):
     """What goes beside an activation.
 
     Attributes:
         number: of the mini-batch.
         fingerprint: of the batch as the sender's loader gave it.
         table: the shapes, where they are new; None where they are known.
-        figures: what the stages before tell of themselves.
+        figures: what the stages before tell of themselves, by stage.
     """
 
     number: int
     fingerprint: int
     table: TemplateTable | None
-    figures: dict[int, Any]
+    figures: dict[int, tuple[Any, ...]]
 
 
 class TrainingStream:
     """One stage of one training run.
 
     Args:
-        stage: which.
-        num_stages: p.
+        module: the stage.
         schedule: whose rows are run.
-        cut: how the step is cut.
-        replay: the stage's stubs and hooks.
-        isolation: the random numbers of its modules.
-        versions: of its weights.
-        neighbours: the lanes.
+        versions: of the stage's weights.
+        to: the lanes.
         timeline: where time is noted.
         source: where the mini-batches are.
         run_step: calls the user's step of the whole module on a mini-batch.
@@ -95,48 +82,32 @@ class TrainingStream:
 
     def __init__(
         self,
-        stage: int,
-        num_stages: int,
+        module: StageModule,
         schedule: Schedule,
-        cut: StepCut,
-        replay: Replay,
-        isolation: Isolation,
         versions: Versions,
-        neighbours: Neighbours,
+        to: Neighbours,
         timeline: Timeline,
         source: Source,
         run_step: Callable[[MiniBatch], Any],
     ) -> None:
-        self.stage = stage
-        self.num_stages = num_stages
-        self.timeline = timeline
-        self.doing = "set-up"
-        """The action at hand, for error messages."""
-        self.batch = -1
-        """The mini-batch at hand."""
         self.in_flight: dict[int, InFlight] = {}
-        self.delays: dict[int, int] = {}
-        """How often a backward had which delay, in updates."""
-        self.figures: dict[int, Any] = {}
+        self.figures: dict[int, StageFigures] = {}
         """What the stages before told of themselves last, by stage."""
-        self.own_figures: Callable[[], Any] = dict
-        """What this stage tells of itself."""
-        self._passage: Passage = cut.passages[stage]
-        self._shapes = Shapes(cut)
-        self._replay = replay
-        self._isolation = isolation
+        self.books = Bookkeeper(timeline)
+        self._module = module
+        self._schedule = schedule
         self._versions = versions
-        self._to = neighbours
+        self._to = to
+        self._timeline = timeline
         self._source = source
         self._run_step = run_step
-        self._schedule = schedule
+        cut = module.cut.steps[STEP]
+        self._passage = cut.passages[module.stage]
+        self._shapes = Shapes(cut)
+        self._gradient_comes = any(crossing.gradient for crossing in self._passage.sends)
+        self._gradient_goes = any(crossing.gradient for crossing in self._passage.receives)
         self._next_post = 0
         self._begin_at(0)
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this stage makes the loss."""
-        return self.stage == self.num_stages - 1
 
     def forward_until(self, number: int) -> InFlight:
         """Run the rows up to the one that backwards mini-batch `number`, without that backward.
@@ -146,9 +117,9 @@ class TrainingStream:
         """
         if self._ran_dry and not self.in_flight:
             self._begin_at(number)
-        for row in self._rows:
-            backward = None
-            for action in row:
+        backward = None
+        while backward is None:
+            for action in next(self._rows):
                 if action.kind is Kind.FORWARD:
                     mini_batch = self._source.mini_batch(self._first + action.batch)
                     if mini_batch is None:
@@ -157,13 +128,20 @@ class TrainingStream:
                         self._forward(mini_batch)
                 elif action.kind is Kind.BACKWARD:
                     backward = self._first + action.batch
-            if backward is not None:
-                break
-        if backward != number or number not in self.in_flight:
-            raise AssertionError(f"the plan backwards mini-batch {backward}, the loop asks for {number}")
+        if backward != number:
+            raise PlanError(
+                f"the loop asks for mini-batch {number} where the plan has {backward}: every mini-batch must be"
+                " trained once, in order. An `optimizer_step` that does not call its closure, or calls it twice, can't"
+                " run in a pipeline."
+            )
         return self.in_flight[number]
 
-    def backward(self, number: int, run: Callable[[], None] | None = None) -> None:
+    def skip(self, number: int) -> None:
+        """Mini-batch `number` has no loss: forget it."""
+        self._versions.release(number)
+        del self.in_flight[number]
+
+    def backward(self, number: int, run: Callable[[], object] | None = None) -> None:
         """Run the backward of mini-batch `number`, and send the gradient on.
 
         Args:
@@ -172,43 +150,41 @@ class TrainingStream:
         """
         work = self.in_flight[number]
         gradients: list[Tensor] = []
-        self._at(Kind.BACKWARD, number)
-        if self._to.gradients_in is not None and self._sends_gradient:
-            with self.timeline.measure(WAIT_GRADIENT, number):
+        if self._to.gradients_in is not None and self._gradient_comes:
+            with self._timeline.measure(WAIT_GRADIENT, number):
                 gradients = self._to.gradients_in.receive()
-        with self.timeline.measure(BACKWARD, number):
-            with self._versions.of(number), self._isolation.of(work.mini_batch.seed):
+        with self._timeline.measure(BACKWARD, number):
+            with self._versions.of(number), self._module.backward(work.mini_batch.seed):
                 if run is not None:
                     run()
                 else:
                     self._through(work.sent, gradients)
-            if self._to.gradients_out is not None and self._receives_gradient:
+            if self._to.gradients_out is not None and self._gradient_goes:
                 self._to.gradients_out.send([_gradient_of(leaf) for leaf in work.received if leaf.requires_grad])
-        delay = self._versions.count - self._versions.number_of(number)
-        self.delays[delay] = self.delays.get(delay, 0) + 1
-        del self.in_flight[number]
+        self.books.backwarded(self._versions.count - self._versions.number_of(number))
         self._versions.release(number)
+        del self.in_flight[number]
 
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
-        self._at(Kind.UPDATE, number)
-        self.timeline.begin(UPDATE, number)
+        self._timeline.begin_update(number)
         self._versions.advance()
 
     def end_update(self) -> None:
         """The optimizer has stepped."""
-        self.timeline.end()
+        self._timeline.end_update()
 
     def _begin_at(self, number: int) -> None:
         """Start the plan with mini-batch `number` as its first: at the beginning, and after the data ran out."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
-        self._rows: Iterator[Row] = self._schedule.rows(self.stage, self.num_stages, sys.maxsize // 2)
+        self._rows: Iterator[Row] = self._schedule.rows(
+            self._module.stage, self._module.num_stages, sys.maxsize // 2
+        )
         self._first = number
         self._ran_dry = False
 
     def _forward(self, mini_batch: MiniBatch) -> None:
         number = mini_batch.number
-        self._at(Kind.FORWARD, number)
         told, received = self._receive(mini_batch)
         table = self._shapes.of(mini_batch.signature)
         new = told or table is None
@@ -216,13 +192,11 @@ class TrainingStream:
             self._send_record(mini_batch, None)
         for leaf, crossing in zip(received, self._passage.receives):
             leaf.requires_grad_(crossing.gradient)
-        with (
-            self.timeline.measure(FORWARD, number),
-            seeded(mini_batch.seed),
-            self._isolation.of(mini_batch.seed),
-        ):
+        with self._timeline.measure(FORWARD, number):
             self._versions.use(number)
-            made = self._replay.run(STEP, lambda: self._run_step(mini_batch), received, table, describe=new)
+            made = self._module.forward(
+                STEP, lambda: self._run_step(mini_batch), mini_batch.seed, received, table, describe=new
+            )
         if new:
             table = {**(table or {}), **made.templates}
             self._shapes.learn(mini_batch.signature, table)
@@ -230,7 +204,7 @@ class TrainingStream:
         self.in_flight[number] = InFlight(mini_batch, received, made.sent, made.returned)
         if self._to.activations_out is not None and table is not None:
             self._require_announced(made.sent, specs_of(self._passage.sends, table), number)
-            if self._to.gradients_in is not None and self._sends_gradient:
+            if self._to.gradients_in is not None and self._gradient_comes:
                 self._to.gradients_in.post(gradient_specs_of(self._passage.sends, table))
             self._to.activations_out.send(made.sent)
 
@@ -239,13 +213,13 @@ class TrainingStream:
         if self._to.activations_in is None or self._to.records_in is None:
             return False, []
         self._post_ahead(mini_batch.number)
-        with self.timeline.measure(WAIT_ACTIVATION, mini_batch.number):
-            record: _Record = self._to.records_in.receive()
+        with self._timeline.measure(WAIT_ACTIVATION, mini_batch.number):
+            record = Record(*self._to.records_in.receive())
             self._require_same_batch(record, mini_batch)
-            self.figures.update(record.figures)
+            self.figures.update({stage: StageFigures(*told) for stage, told in record.figures.items()})
             if record.table is not None:
                 self._shapes.learn(mini_batch.signature, record.table)
-            self._post_ahead(mini_batch.number)
+                self._post_ahead(mini_batch.number)
             return record.table is not None, self._to.activations_in.receive()
 
     def _post_ahead(self, number: int) -> None:
@@ -261,8 +235,9 @@ class TrainingStream:
 
     def _send_record(self, mini_batch: MiniBatch, table: TemplateTable | None) -> None:
         if self._to.records_out is not None:
-            figures = {**self.figures, self.stage: self.own_figures()}
-            self._to.records_out.send(_Record(mini_batch.number, mini_batch.fingerprint, table, figures))
+            known = {**self.figures, self._module.stage: self.books.figures()}
+            figures = {stage: tuple(each) for stage, each in known.items()}
+            self._to.records_out.send(tuple(Record(mini_batch.number, mini_batch.fingerprint, table, figures)))
 
     def _through(self, sent: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         outputs = [out for out, crossing in zip(sent, self._passage.sends) if crossing.gradient]
@@ -270,26 +245,14 @@ class TrainingStream:
         if pairs:
             torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
 
-    @property
-    def _sends_gradient(self) -> bool:
-        return any(crossing.gradient for crossing in self._passage.sends)
-
-    @property
-    def _receives_gradient(self) -> bool:
-        return any(crossing.gradient for crossing in self._passage.receives)
-
-    def _at(self, kind: Kind, number: int) -> None:
-        self.doing = f"{self.stage}{kind}{number}"
-        self.batch = number
-
-    def _require_same_batch(self, record: _Record, mini_batch: MiniBatch) -> None:
+    def _require_same_batch(self, record: Record, mini_batch: MiniBatch) -> None:
         if (record.number, record.fingerprint) != (mini_batch.number, mini_batch.fingerprint):
+            stage = self._module.stage
             raise DataMismatchError(
-                f"stage {self.stage} and stage {self.stage - 1} drew different mini-batches: number"
-                f" {mini_batch.number} with fingerprint {mini_batch.fingerprint:08x} here, number {record.number} with"
-                f" fingerprint {record.fingerprint:08x} there. All stages of a pipeline must draw the same data in the"
-                " same order: seed what shuffles or augments (`seed_everything`), and do not let it depend on the"
-                " rank."
+                f"stage {stage} and stage {stage - 1} drew different mini-batches: number {mini_batch.number} with"
+                f" fingerprint {mini_batch.fingerprint:08x} here, number {record.number} with fingerprint"
+                f" {record.fingerprint:08x} there. All stages of a pipeline must draw the same data in the same order:"
+                " seed what shuffles or augments (`seed_everything`), and do not let it depend on the rank."
             )
 
     def _require_announced(self, sent: Sequence[Tensor], specs: Sequence[TensorSpec], number: int) -> None:

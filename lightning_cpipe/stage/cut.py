@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lightning_cpipe.tree import Signature, Template
+from lightning_cpipe.tree import Signature, TemplateTable
 
 
 class Value(NamedTuple):
@@ -62,10 +62,6 @@ class Passage:
     sends: tuple[Crossing, ...] = ()
 
 
-TemplateTable = dict[tuple[str, int], Template]
-"""The outputs of stubbed modules without their numbers: (module, call) -> template."""
-
-
 @dataclass(frozen=True)
 class StepCut:
     """How one step is cut.
@@ -74,11 +70,14 @@ class StepCut:
         passages: each stage's part, in order.
         signature: of the batch that the probe ran.
         templates: of every stub, for batches of that signature.
+        leaves_behind: whether the last stage's part leaves something on the root module or in a metric (such as a
+            list of outputs) that the other stages' parts do not.
     """
 
     passages: tuple[Passage, ...]
     signature: Signature
     templates: TemplateTable
+    leaves_behind: bool = False
 
 
 @dataclass(frozen=True)

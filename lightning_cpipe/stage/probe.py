@@ -24,14 +24,15 @@ import torch
 from torch import nn
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, TemplateTable, Value
+from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.homes import Homes
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.step import Observed, RecordedStep, Step
 from lightning_cpipe.stage.survey import Survey
 from lightning_cpipe.stage.trial import NOTHING, Trial, close
-from lightning_cpipe.tree import flatten
+from lightning_cpipe.tree import TemplateTable, flatten
 from lightning_cpipe.stage.uncut import compare_with_uncut, require_same_as_uncut
+from lightning_cpipe.stage.untouched import Place
 
 Check = Literal["auto", "full", "fills"]
 
@@ -116,6 +117,7 @@ class _Cutter:
         }
         self._needed_by_gradient: list[frozenset[Value]] = []
         self._passages: list[Passage] = []
+        self._left: list[frozenset[Place]] = []
 
     @property
     def name(self) -> str:
@@ -139,8 +141,10 @@ class _Cutter:
         for stage in reversed(range(len(self._stubs))):
             with self._trial(stage, sends) as trial:
                 dependence = trial.dependence() if self._recorded.step.trains else NOTHING
+                traces = trial.traces()
                 homes.trains(stage, dependence.weights)
-                homes.touches(stage, trial.touched())
+                homes.touches(stage, traces.parameters)
+                self._left.append(traces.places)
                 self._require_recorded(trial)
             found.append(dependence.values)
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
@@ -165,7 +169,11 @@ class _Cutter:
 
     def cut(self) -> StepCut:
         """What was found."""
-        return StepCut(tuple(self._passages), self._recorded.step.signature, self._templates)
+        on_last, *elsewhere = self._left
+        leaves_behind = any(not on_last <= places for places in elsewhere)
+        return StepCut(
+            tuple(self._passages), self._recorded.step.signature, self._templates, leaves_behind
+        )
 
     @contextmanager
     def _trial(self, stage: int, sends: tuple[Crossing, ...]) -> Iterator[Trial]:

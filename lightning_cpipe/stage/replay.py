@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpipe.errors import CutError, DataMismatchError
-from lightning_cpipe.stage.cut import Crossing, Passage, TemplateTable, Value
-from lightning_cpipe.tree import Template, TensorSpec, flatten
+from lightning_cpipe.stage.cut import Crossing, Passage, Value
+from lightning_cpipe.tree import Template, TemplateTable, TensorSpec, flatten
 
 
 class _EndOfStage(BaseException):

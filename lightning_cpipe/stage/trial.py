@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.cut import Crossing, Passage, TemplateTable, Value
+from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
 from lightning_cpipe.stage.step import Observed, RecordedStep
-from lightning_cpipe.tree import flatten, same_bits, tensors_in
-from lightning_cpipe.stage.untouched import Snapshot, untouched
+from lightning_cpipe.tree import TemplateTable, flatten, same_bits, tensors_in
+from lightning_cpipe.stage.untouched import Place, Snapshot, untouched
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,19 @@ class Dependence:
 
     values: frozenset[Value]
     weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a replay leaves.
+
+    Attributes:
+        parameters: ids of all parameters that code of the stage touched, with or without a gradient.
+        places: buffers, metrics' states and attributes of the root that changed.
+    """
+
+    parameters: frozenset[int]
+    places: frozenset[Place]
 
 
 NOTHING = Dependence(frozenset(), ())
@@ -69,12 +82,13 @@ class Trial:
         """Take the stubs away."""
         self._replay.remove()
 
-    def touched(self) -> frozenset[int]:
-        """The ids of all parameters that code of the stage touches."""
+    def traces(self) -> Traces:
+        """What the stage touches and leaves behind."""
         watch = _TouchedParameters()
-        with untouched(self._root):
+        with untouched(self._root) as before:
             self._replayed(self.values, watch)
-        return frozenset(watch.ids)
+            left = _read_by_others(self._root, before)
+        return Traces(frozenset(watch.ids), frozenset(left))
 
     def dependence(self) -> Dependence:
         """What the results depend on through a gradient."""
@@ -125,7 +139,7 @@ class Trial:
         received = {v: fills.get(v, tensor).detach() for v, tensor in self.values.items()}
         with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
             result = self._replayed(received)
-            written = _read_by_others(self._root, before)
+            written = list(_read_by_others(self._root, before).values())
         facts = [result.loss, result.facts] if isinstance(result, Observed) else result
         return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten([facts, written])[0]]
 
@@ -194,13 +208,13 @@ def _random_weights(root: nn.Module, names: Iterable[str], generator: torch.Gene
             parameter.data = data
 
 
-def _read_by_others(root: nn.Module, before: Snapshot) -> list[Any]:
+def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, Any]:
     """What changed and is read outside the step: buffers, the states of metrics, and the root's own attributes."""
-    return [
-        value
+    return {
+        (name, key): value
         for (name, key), value in before.changes().items()
         if not name or key in (module := root.get_submodule(name))._buffers or hasattr(module, "_defaults")
-    ]
+    }
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.cut import Passage, TemplateTable
+from lightning_cpipe.stage.cut import Passage
 from lightning_cpipe.stage.replay import Replay, Replayed
 from lightning_cpipe.stage.step import Observed, Step
-from lightning_cpipe.tree import flatten
+from lightning_cpipe.tree import TemplateTable, flatten
 from lightning_cpipe.stage.trial import close
 from lightning_cpipe.stage.untouched import untouched
 

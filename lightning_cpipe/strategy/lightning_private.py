@@ -18,6 +18,7 @@ from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device as default_backend_for,
 )
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop as EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
@@ -51,8 +52,10 @@ __all__ = [
     "learn_metrics",
     "optimizers_to_device",
     "prepare_batch",
+    "set_num_threads_if_needed",
     "set_received_sigterm",
     "set_sampler_epoch",
+    "start_children",
     "training_arguments",
     "updates_after_this_batch",
 ]
@@ -128,15 +131,23 @@ def as_of(trainer: pl.Trainer, epoch: int) -> Iterator[None]:
         progress.completed = now
 
 
-def instead_of(module: pl.LightningModule, name: str, function: Callable[..., Any]) -> Callable[[], None]:
-    """Call `function` instead of the module's method `name`, until the returned function is called."""
-    before = module.__dict__.get(name)
-    module.__dict__[name] = function
+def start_children(launcher: SubprocessScriptLauncher) -> None:
+    """Start the script once more for each further rank of this machine."""
+    launcher._call_children_scripts()
+
+
+def instead_of(owner: Any, name: str, function: Callable[..., Any] | None) -> Callable[[], None]:
+    """Call `function` instead of the owner's method `name`, until the returned function is called."""
+    before = owner.__dict__.get(name, _NOT_THERE)
+    owner.__dict__[name] = function
 
     def undo() -> None:
-        if before is None:
-            module.__dict__.pop(name, None)
+        if before is _NOT_THERE:
+            owner.__dict__.pop(name, None)
         else:
-            module.__dict__[name] = before
+            owner.__dict__[name] = before
 
     return undo
+
+
+_NOT_THERE = object()

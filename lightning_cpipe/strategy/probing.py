@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_cpipe.errors import CutError
@@ -53,19 +52,17 @@ def evaluation_probe_step(
     name: str,
     device: torch.device,
     seed: int,
-) -> Step | None:
-    """An evaluation's step on the first batch of its first loader; None if the evaluation will not run."""
-    if not is_overridden(name, module) and name != "predict_step":
-        return None
+) -> list[Step]:
+    """An evaluation's step on the first batch of its first loader; none if the evaluation will not run."""
     with unchanged():
         loop.set_up_once()
         loader = combined_loader_of(loop)
         if loader is None or not sum(loop.max_batches):
-            return None
+            return []
         batch, index, _ = next(iter(loader))
         loader.reset()
         prepared = prepare_batch(module, batch, device)
-    return _step(module, name, evaluation_arguments(loop, name, prepared, index), seed, signature(batch))
+    return [_step(module, name, evaluation_arguments(loop, name, prepared, index), seed, signature(prepared))]
 
 
 def find_cut(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
 
 LATER = "A later version will support it."
 
 
-def refuse(reasons: Iterator[str]) -> None:
+def refuse(reasons: Iterable[str]) -> None:
     """Raise all reasons together.
 
     Raises:
@@ -28,9 +27,46 @@ def refuse(reasons: Iterator[str]) -> None:
         )
 
 
-def reasons_before_set_up(trainer: pl.Trainer, module: pl.LightningModule, sync_batchnorm: bool) -> Iterator[str]:
-    """What the flags and the module's class show, before any process is started."""
-    if sync_batchnorm:
+def reasons_in_options(
+    num_ranks: int,
+    num_stages: int | str,
+    data_parallel_size: int,
+    schedule: str,
+    num_microbatches: int,
+    versions: str,
+    remedy: object,
+    extra_in_flight: int,
+) -> Iterator[str]:
+    """What the strategy's own arguments show."""
+    if data_parallel_size != 1:
+        yield f"data_parallel_size={data_parallel_size}: one pipeline for now. {LATER}"
+    if num_stages != "auto" and num_stages != num_ranks:
+        yield (
+            f"num_stages={num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages` out, or"
+            f" set `devices={num_stages}`. {LATER}"
+        )
+    if schedule in ("gpipe", "1f1b"):
+        yield (
+            f"schedule={schedule!r}: `cpipe schedule` draws and checks it, but only 'continuous' runs for now. {LATER}"
+        )
+    elif schedule != "continuous":
+        yield f"schedule={schedule!r}: there is none of that name; there are 'continuous', 'gpipe' and '1f1b'."
+    if num_microbatches != 1:
+        yield (
+            f"num_microbatches={num_microbatches}: the continuous schedule streams whole mini-batches; micro-batches"
+            f" come with the flush schedules. {LATER}"
+        )
+    if versions != "stash":
+        yield f"versions={versions!r}: only 'stash' for now. {LATER}"
+    if remedy is not None:
+        yield f"remedy={remedy!r}: none for now. {LATER}"
+    if extra_in_flight < 0:
+        yield f"extra_in_flight={extra_in_flight}: the least is 0."
+
+
+def reasons_in_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> Iterator[str]:
+    """What the trainer's flags and the module's class show, before any process is started."""
+    if layer_sync is not None:
         yield (
             "Trainer(sync_batchnorm=True): every stage sees the whole mini-batch, so there is nothing to synchronise."
             " Leave it out."
@@ -38,7 +74,7 @@ def reasons_before_set_up(trainer: pl.Trainer, module: pl.LightningModule, sync_
     precision = trainer.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":
         yield (
-            "precision='16-mixed': the loss scale would have to be the same on all stages. Use 'bf16-mixed', or"
+            "precision='16-mixed': the loss scale would have to be the same on all stages. Use 'bf16-mixed' or"
             f" 'bf16-true'. {LATER}"
         )
     if not trainer.training:
@@ -48,10 +84,8 @@ def reasons_before_set_up(trainer: pl.Trainer, module: pl.LightningModule, sync_
             "automatic_optimization=False: in a pipeline the forward and the backward of one step are about different"
             " mini-batches, which only automatic optimization can arrange. Let `training_step` return the loss."
         )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    elif is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         yield "`training_step(self, dataloader_iter)`: take `batch` and `batch_idx` instead."
-    if is_overridden("on_train_batch_start", module) and trainer.strategy.world_size > 1:
-        yield from ()
 
 
 def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:
@@ -71,9 +105,5 @@ def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[s
 
 def clips_by_norm(trainer: pl.Trainer) -> bool:
     """Whether gradients are clipped by norm."""
-    return bool(trainer.gradient_clip_val) and str(trainer.gradient_clip_algorithm or "norm").endswith("norm")
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the module has a layer that keeps running statistics."""
-    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
+    algorithm = trainer.gradient_clip_algorithm
+    return bool(trainer.gradient_clip_val) and (algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm")

@@ -92,10 +92,18 @@ class Sharing:
     def metrics(self, topic: str) -> None:
         """Tell or learn what changed, at any other time."""
         if self.leads:
+            # Reading them computes the values of the epoch.
+            _ = self._trainer.callback_metrics, self._trainer.logged_metrics
             self._tell(topic, more=False)
         else:
             self._heard = self._listen(topic)
             self._obey()
+
+    def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
+        """Tell or learn what was logged for the loader of an evaluation that was done last."""
+        numbers = self.agree("loader", _numbers(outputs[-1]) if self.leads else None)
+        if not self.leads:
+            outputs[-1] = _tensors(numbers)
 
     def agree(self, topic: str, content: Any) -> Any:
         """What the last stage has to say on a topic, on every rank."""

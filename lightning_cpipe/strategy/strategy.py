@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -24,111 +29,205 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_cpipe.engine.decisions import Decisions
-from lightning_cpipe.engine.evaluation import EvaluationStream
-from lightning_cpipe.engine.mini_batch import MiniBatch
-from lightning_cpipe.engine.timeline import CudaTimeline, Timeline
-from lightning_cpipe.engine.training import STEP, Neighbours, TrainingStream
-from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.engine.figures import StageFigures
+from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
+from lightning_cpipe.engine.timeline import CudaTimeline, Span, Timeline
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.isolation import Isolation
+from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.probe import Check
 from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, seeded, set_state
-from lightning_cpipe.stage.replay import Replay
+from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room
+from lightning_cpipe.strategy.checkpoint import (
+    GroupOrder,
+    Part,
+    State,
+    joined,
+    keep_own_parameters,
+    own_optimizer_state,
+    own_state_dict,
+    part_of,
+)
+from lightning_cpipe.strategy.cutting import agree_on_cut
 from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher, Released
+from lightning_cpipe.strategy.hooks import arrange_hooks
+from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
 from lightning_cpipe.strategy.lightning_private import (
-    MultiProcessingLauncher,
-    SubprocessScriptLauncher,
     as_of,
-    default_backend_for,
-    init_dist_connection,
-    instead_of,
     optimizers_to_device,
     prepare_batch,
     training_arguments,
     updates_after_this_batch,
 )
-from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, install_loops
-from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
-from lightning_cpipe.strategy.refusals import clips_by_norm, reasons_before_set_up, reasons_in_optimizers, refuse
+from lightning_cpipe.strategy.loops import install_loops
+from lightning_cpipe.strategy.processes import Processes, stage_of
+from lightning_cpipe.strategy.refusals import (
+    clips_by_norm,
+    reasons_in_optimizers,
+    reasons_in_options,
+    reasons_in_trainer,
+    refuse,
+)
 from lightning_cpipe.strategy.sharing import Sharing
-from lightning_cpipe.transport.records import Records
-from lightning_cpipe.transport.wiring import Lanes, Wiring
+from lightning_cpipe.strategy.stage_run import StageRun
 
-Content = TypeVar("Content")
+_ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
+
+_CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging)
+"""Callbacks that change the module or the plan when an epoch begins."""
 
 
 class ContinuousPipeStrategy(ParallelStrategy):
-    """prototype"""
+    """Trains a LightningModule, cut into stages, in a pipeline that is never flushed.
+
+    One process per stage. Whole mini-batches stream through the stages, one optimizer update per mini-batch, across
+    epochs, validations and checkpoints. The price is delay: the gradient at stage s of p is p - 1 - s updates old.
+
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> import lightning_cpipe  # registers the strategy
+        >>> trainer = pl.Trainer(strategy="continuous_pipe", devices=4)  # doctest: +SKIP
+
+    Args:
+        num_stages: stages of the pipeline, one per device.
+        data_parallel_size: pipelines side by side; 1 for now.
+        schedule: who does what, when; ``continuous`` for now.
+        num_microbatches: slices of a mini-batch in flush schedules; 1 for now.
+        split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
+        versions: which weights a backward uses; ``stash``: those of its forward.
+        remedy: a rule against delay; none for now.
+        extra_in_flight: how much further forwards run ahead, in multiples of the least lag. Hides the time of the
+            transfers and absorbs jitter, at up to twice the delay.
+        cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
+            itself off for callbacks that change the module at epochs.
+        check: what the set-up proves about the cut: ``full`` compares loss and gradients with the uncut module,
+            ``fills`` only tries what the stages depend on, ``auto`` is ``full`` below 50 million parameters.
+        timeout: seconds without a sign of life after which a rank counts as dead.
+        process_group_backend: of the messages between stages; by default the device's own, gloo or nccl.
+        start_method: how ranks are started: ``popen`` for scripts, ``spawn`` or ``fork`` elsewhere.
+        accelerator: see Lightning.
+        parallel_devices: see Lightning.
+        cluster_environment: see Lightning.
+        checkpoint_io: see Lightning.
+        precision_plugin: see Lightning.
+    """
 
     strategy_name = "continuous_pipe"
 
     def __init__(
         self,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
         num_stages: int | Literal["auto"] = "auto",
         data_parallel_size: int = 1,
-        schedule: str = "continuous",
-        split_points: Literal["auto"] | list[str] = "auto",
-        versions: Literal["stash"] = "stash",
+        schedule: Literal["continuous", "gpipe", "1f1b"] = "continuous",
+        num_microbatches: int = 1,
+        split_points: list[str] | Literal["auto"] = "auto",
+        versions: Literal["stash", "latest"] = "stash",
+        remedy: str | None = None,
         extra_in_flight: int = 0,
         cross_epoch: bool = True,
         check: Check = "auto",
         timeout: float = 60.0,
         process_group_backend: str | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)
-        self._num_stages_asked = num_stages
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.words_folder: Path | None = None
+        """Where a launcher looks for the last words of the ranks it started."""
+        self.timeline = Timeline()
+        """What this rank did when, in the run at hand or the last one."""
+        self._num_stages = num_stages
+        self._data_parallel_size = data_parallel_size
+        self._schedule_name = schedule
+        self._num_microbatches = num_microbatches
         self._split_points = split_points
-        self._extra = extra_in_flight
+        self._versions_policy = versions
+        self._remedy = remedy
+        self._extra_in_flight = extra_in_flight
         self._cross_epoch = cross_epoch
         self._check: Check = check
-        self._backend = process_group_backend
-        self._start_method = start_method
+        self._timeout = timeout
+        self._process_group_backend = process_group_backend
+        self._start_method: Literal["popen", "spawn", "fork", "forkserver"] = start_method
         self._num_nodes = 1
+        self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight))
+        self._seed = 0
+        self._stream: Stream | None = None
+        self._processes: Processes | None = None
+        self._run: StageRun | None = None
+        self._sharing: Sharing | None = None
         self._streaming = False
-        self._wiring: Wiring | None = None
-        self.timeline = Timeline()
-        self.training: TrainingStream | None = None
-        self.sharing: Sharing | None = None
-        self._undo: list[Callable[[], None]] = []
         self._evaluations = 0
-        self.is_distributed = False
+        self._mark = (-1, 0)
+        self._undo: list[Callable[[], None]] = []
+        self._names: dict[int, str] = {}
+        self._orders: list[GroupOrder] = []
+        self._whole_optimizer_states: list[State] | None = None
 
-    # topology
+    # ---- who is who ----
+
     @property
     def num_stages(self) -> int:
-        return self.world_size
+        """Stages of the pipeline."""
+        return self.num_processes * self.num_nodes
 
     @property
     def stage(self) -> int:
-        return self.num_stages - 1 - self.global_rank
+        """The stage that this rank holds."""
+        return self.stage_of(self.global_rank)
+
+    def stage_of(self, rank: int) -> int:
+        """The stage that a rank holds; rank 0 holds the last one."""
+        return stage_of(rank, self.num_stages)
+
+    @property
+    def schedule(self) -> Continuous:
+        """Who does what, when."""
+        return self._schedule
+
+    @property
+    def run(self) -> StageRun:
+        """This rank's share of the run at hand."""
+        if self._run is None:
+            raise RuntimeError("there is no run at hand: the strategy is set up by `trainer.fit` and the like.")
+        return self._run
 
     @property
     @override
     def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     @property
     def num_nodes(self) -> int:
+        """Machines."""
         return self._num_nodes
 
     @num_nodes.setter
-    def num_nodes(self, n: int) -> None:
-        self._num_nodes = n
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
 
     @property
     def num_processes(self) -> int:
+        """Ranks on this machine."""
         return len(self.parallel_devices or [])
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether Lightning should split the data between ranks: the stages of one pipeline all see the same."""
+        return self._data_parallel_size > 1
 
     @property
     @override
@@ -136,288 +235,492 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return {"num_replicas": 1, "rank": 0}
 
     def set_world_ranks(self) -> None:
+        """Tell Lightning which rank this is."""
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
-        from lightning.fabric.utilities.rank_zero import rank_zero_only as f
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
 
-        f.rank = self.global_rank
+    # ---- from the Trainer's start to the first batch ----
 
     @override
     def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
         if self._start_method == "popen":
-            self._launcher = SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = ScriptLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = MultiProcessingLauncher(self, start_method=self._start_method)
+            self._launcher = ProcessLauncher(self, self._start_method)
 
-    @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        self.set_world_ranks()
-        self._backend = self._backend or default_backend_for(self.root_device)
-        init_dist_connection(self.cluster_environment, self._backend)
-        if self._wiring is None:
-            self._control = dist.new_group(backend="gloo")
-            ranks = [self.num_stages - 1 - s for s in range(self.num_stages)]
-            self._wiring = Wiring(ranks, self.stage, self.root_device, self._backend)
-        # everyone starts from rank 0's generators
-        state = [get_state()]
-        dist.broadcast_object_list(state, 0, group=self._control)
-        set_state(state[0])
+    def refuse_early(self, trainer: pl.Trainer) -> None:
+        """Refuse what can't run before any process is started.
+
+        Raises:
+            MisconfigurationException: with all reasons.
+        """
+        reasons = [
+            *reasons_in_options(
+                self.num_stages,
+                self._num_stages,
+                self._data_parallel_size,
+                self._schedule_name,
+                self._num_microbatches,
+                self._versions_policy,
+                self._remedy,
+                self._extra_in_flight,
+            ),
+            *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync),
+        ]
+        refuse(reasons)
+        if self.num_stages > 1 and clips_by_norm(trainer):
+            rank_zero_warn(
+                f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
+                " norm over all stages is known only after the first stage's backward, too late for the others."
+            )
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         install_loops(model.trainer, self)
 
-    def make_fetcher(self) -> LookaheadFetcher:
-        lag = self.schedule.lag(self.stage, self.num_stages)
-        several = self.num_stages > 1
-        return LookaheadFetcher(
-            self.lightning_module.trainer, lag, POSTED_AHEAD if several else 0, self.seed,
-            self._stream if several else nullcontext, self.timeline, self._cross_epoch,
-        )
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        if self._processes is None:
+            self._processes = Processes(
+                self.cluster_environment, self.num_stages, self.root_device, self._process_group_backend
+            )
+        self._processes.begin(self._timeout, self.words_folder)
+        # What is drawn while data and module are set up is the same on all ranks, seeded or not.
+        set_state(self._processes.control.share(get_state()))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+        self._seed = self._processes.control.share(seed)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self._processes is not None
         self.accelerator.setup(trainer)
         module = self.lightning_module
+        assert module is not None
         fitting = trainer.state.fn == TrainerFn.FITTING
-        self.schedule = Continuous(extra_in_flight=self._extra)
-        seed = [int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))]
-        dist.broadcast_object_list(seed, 0, group=self._control)
-        self.seed = seed[0]
+        tell = self._processes.at
+        self.timeline = CudaTimeline(tell=tell) if self.root_device.type == "cuda" else Timeline(tell=tell)
         self._stream = Stream(get_state())
+        self._whole_optimizer_states = None
         self.precision_plugin.convert_module(module)
-        make_room(module)
-        for t in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(t.data, 0, group=self._control)
-        if self.is_global_zero:
-            self.model_to_device()
-        drawn = None
-        steps = []
-        if fitting:
-            trainer.fit_loop.setup_data()
-            drawn = trainer.fit_loop._data_fetcher.peek()
-            prints = [None] * self.num_stages
-            dist.all_gather_object(prints, None if drawn is None else drawn.fingerprint, group=self._control)
-            if len(set(prints)) > 1:
-                raise DataMismatchError(f"loaders differ {prints}")
-            steps.append(training_probe_step(module, drawn, self.root_device, self.seed))
-            val = None if not trainer.enable_validation else evaluation_probe_step(module, trainer.fit_loop.epoch_loop.val_loop, "validation_step", self.root_device, self.seed)
-            if val:
-                steps.append(val)
-        else:
-            name = {TrainerFn.VALIDATING: "validation_step", TrainerFn.TESTING: "test_step", TrainerFn.PREDICTING: "predict_step"}[trainer.state.fn]
-            loop = {TrainerFn.VALIDATING: trainer.validate_loop, TrainerFn.TESTING: trainer.test_loop, TrainerFn.PREDICTING: trainer.predict_loop}[trainer.state.fn]
-            steps.append(evaluation_probe_step(module, loop, name, self.root_device, self.seed))
-        cut: list[Any] = [None]
-        if self.is_global_zero:
-            cut = [find_cut(module, steps, self.num_stages, self._split_points, self.root_device, self._check)]
-        dist.broadcast_object_list(cut, 0, group=self._control)
-        self.cut: Cut = cut[0]
+        cut = agree_on_cut(
+            trainer, self._processes, self._split_points, self._check, self.root_device, self._seed
+        )
         if fitting:
             self.setup_optimizers(trainer)
-        keep_only(module, self.cut, self.stage)
-        own = {id(p) for p in module.parameters() if not p.is_meta}
-        for opt in self.optimizers:
-            for g in opt.param_groups:
-                g["params"] = [p for p in g["params"] if id(p) in own]
+        keep_only(module, cut, self.stage)
         self.model_to_device()
+        self._keep_own_parameters()
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        passages = {n: c.passages[self.stage] for n, c in self.cut.steps.items()}
-        later = {s for c in self.cut.steps.values() for p in c.passages[self.stage + 1 :] for s in p.stubs}
-        self.replay = Replay(module, passages, self.root_device, later)
-        self.isolation = Isolation(module, self.cut.draws)
-        self.lanes: Lanes = self._wiring.lanes(in_flight=self.schedule.lag(self.stage, self.num_stages) + 6)
-        i, o = self.lanes.incoming, self.lanes.outgoing
-
-        def rec(lane, d, receives):
-            return Records(d[lane], receives=receives) if lane in d else None
-
-        self.decisions = Decisions(rec("decisions", i, True), rec("decisions", o, False))
-        self.sharing = Sharing(trainer, self.decisions)
-        self._eval_in, self._eval_out = rec("eval_records", i, True), rec("eval_records", o, False)
-        self.evaluations = {
-            n: EvaluationStream(n, self.stage, c, self.replay, self.isolation, i.get("eval_activations"), o.get("eval_activations"), self._eval_in, self._eval_out, self.timeline)
-            for n, c in self.cut.steps.items() if n != STEP
-        }
-        if not self.sharing.leads:
-            self._undo.append(instead_of(module, "log", lambda *a, **k: None))
-        for m in module.modules():
-            if isinstance(m, Metric):
-                m.distributed_available_fn = lambda: False
+        stage_module = StageModule(module, cut, self.stage, self.root_device)
+        in_flight = self._schedule.lag(self.stage, self.num_stages) + POSTED_AHEAD + 4
+        self._run = StageRun(stage_module, self._processes.lanes(in_flight), self.timeline)
+        self._sharing = Sharing(trainer, self._run.decisions)
+        self._undo += _metrics_of_their_own(module)
+        if self.num_stages > 1:
+            self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
-            self.versions = Versions(p for p in module.parameters() if p.requires_grad and not p.is_meta)
-            self.training = TrainingStream(
-                self.stage, self.num_stages, self.schedule, self.cut.steps[STEP], self.replay, self.isolation, self.versions,
-                Neighbours(i.get("activations"), o.get("activations"), i.get("gradients"), o.get("gradients"), rec("records", i, True), rec("records", o, False)),
-                self.timeline, trainer.fit_loop._data_fetcher, self._run_training_step,
-            )
+            trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, AbsentParameter)]
+            fetcher = trainer.fit_loop._data_fetcher
+            assert fetcher is not None
+            self._run.train(self._schedule, Versions(trained), fetcher, self._run_training_step)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        super().setup_optimizers(trainer)
+        refuse(reasons_in_optimizers(self.optimizers))
+        module = self.lightning_module
+        assert module is not None
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._orders = [GroupOrder(optimizer, self._names) for optimizer in self.optimizers]
+
+    def _keep_own_parameters(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        for optimizer in self.optimizers:
+            keep_own_parameters(optimizer, module.parameters())
 
     @override
     def model_to_device(self) -> None:
+        assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 
-    # loops' questions
+    # ---- what the loops ask ----
+
+    def make_fetcher(self) -> LookaheadFetcher:
+        """A fetcher for this stage."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        crosses = self._cross_epoch and not any(isinstance(each, _CHANGES_AT_EPOCHS) for each in trainer.callbacks)
+        # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
+        several = self.num_stages > 1 and self._stream is not None
+        return LookaheadFetcher(
+            trainer,
+            lag=self._schedule.lag(self.stage, self.num_stages),
+            ahead=POSTED_AHEAD if several else 0,
+            seed=self._seed,
+            stream=self._stream if several and self._stream is not None else nullcontext,
+            timeline=self.timeline,
+            crosses_epochs=crosses and several,
+        )
+
     def begin_stream(self) -> None:
+        """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
+        if self.run.training is not None:
+            self.run.training.books.begin()
 
     def end_stream(self) -> None:
+        """Training ends: bring what is in flight to rest."""
+        self.run.settle()
         self._streaming = False
 
     def after_step(self, output: dict[str, Any]) -> None:
-        if self.num_stages > 1:
-            self.sharing.after_step(output)
+        """A local step's optimization is done: learn what the last stage logged, and the true loss."""
+        if self.num_stages > 1 and self._sharing is not None:
+            self._sharing.after_step(output)
 
     def after_step_hooks(self) -> None:
-        if self.num_stages > 1:
-            self.sharing.after_step_hooks()
+        """A local step's hooks are done: agree on whether to stop."""
+        if self.num_stages > 1 and self._sharing is not None:
+            self._sharing.after_step_hooks()
 
     def after_epoch(self) -> None:
-        if self.num_stages > 1:
-            self.sharing.metrics("epoch")
+        """An epoch's hooks are done: agree on whether to stop."""
+        if self.num_stages > 1 and self._sharing is not None:
+            self._sharing.metrics("end of epoch")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
+        """An evaluation runs inside, in a random scope of its own where several ranks must agree."""
         self._evaluations += 1
-        self._eval_count = 0
-        with seeded(derived_seed(self.seed, "evaluation", self._evaluations)) if self.num_stages > 1 else nullcontext():
+        self._mark = (-1, 0)
+        own = seeded(derived_seed(self._seed, "evaluation", self._evaluations))
+        with own if self.num_stages > 1 else nullcontext():
             yield
 
     def share_evaluation(self, outputs: list[dict[str, Any]]) -> None:
-        pass
+        """A loader of an evaluation is done: learn what the last stage logged for it."""
+        if self.num_stages > 1 and self._sharing is not None:
+            self._sharing.evaluation_of_loader(outputs)
 
     def after_evaluation(self) -> None:
-        if self.num_stages > 1:
-            self.sharing.metrics("evaluation")
+        """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
+        if self.num_stages > 1 and self._sharing is not None:
+            self._sharing.metrics("evaluation")
 
-    # steps
-    def _run_training_step(self, mini_batch: MiniBatch) -> Any:
-        drawn: Drawn = mini_batch
-        module = self.lightning_module
-        trainer = module.trainer
-        batch = self._prepared(drawn)
-        loop_as_of = trainer.fit_loop.epoch_loop.as_of
-        before, loop_as_of.global_step = loop_as_of.global_step, drawn.global_step
-        try:
-            with as_of(trainer, drawn.epoch), self.precision_plugin.train_step_context():
-                return module.training_step(*training_arguments(trainer, batch, drawn.index))
-        finally:
-            loop_as_of.global_step = before
+    # ---- steps ----
 
-    def _prepared(self, drawn: Drawn) -> Any:
-        if not drawn.prepared:
-            drawn.prepared.append(prepare_batch(self.lightning_module, drawn.batch, self.root_device))
-        return drawn.prepared[0]
+    @property
+    def _at(self) -> Drawn:
+        """The mini-batch that the training loop is at."""
+        assert self.lightning_module is not None
+        fetcher = self.lightning_module.trainer.fit_loop._data_fetcher
+        assert isinstance(fetcher, LookaheadFetcher) and fetcher.released is not None
+        return fetcher.released
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, Released):
             return self._prepared(batch.drawn)
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    @property
-    def _at(self) -> Drawn:
-        return self.lightning_module.trainer.fit_loop._data_fetcher.released
+        prepared = super().batch_to_device(batch, device, dataloader_idx)
+        if self.num_stages > 1:
+            self._mark = (self._mark[0] + 1, fingerprint(batch))
+        return prepared
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        work = self.training.forward_until(self._at.number)
-        if self.training.is_last:
-            return work.returned
-        return torch.zeros((), device=self.root_device, requires_grad=True)
+        drawn = self._at
+        training = self.run.training
+        assert training is not None
+        work = training.forward_until(drawn.number)
+        if not self.run.module.is_last:
+            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
+            return torch.zeros((), device=self.root_device, requires_grad=True)
+        if work.returned is None:
+            if self.num_stages > 1:
+                raise MisconfigurationException(
+                    f"`training_step` returned None for mini-batch {drawn.number} (batch_idx {drawn.index} of epoch"
+                    f" {drawn.epoch}): skipping a mini-batch is not supported yet, since the other stages wait for its"
+                    " gradient. Return a loss that is zero times something of the model."
+                )
+            training.skip(drawn.number)
+        return work.returned
+
+    def _run_training_step(self, mini_batch: MiniBatch) -> Any:
+        """Call the user's step on a mini-batch that may be ahead of the loop; counters read as at its own time."""
+        assert isinstance(mini_batch, Drawn) and self.lightning_module is not None
+        module = self.lightning_module
+        trainer = module.trainer
+        arguments = training_arguments(trainer, self._prepared(mini_batch), mini_batch.index)
+        place = trainer.fit_loop.epoch_loop.as_of
+        place.global_step = mini_batch.global_step
+        try:
+            with as_of(trainer, mini_batch.epoch), self.precision_plugin.train_step_context():
+                return module.training_step(*arguments)
+        finally:
+            place.global_step = None
+
+    def _prepared(self, drawn: Drawn) -> Any:
+        """The mini-batch as the step gets it; prepared once."""
+        assert self.lightning_module is not None
+        if not drawn.prepared:
+            with seeded(derived_seed(drawn.seed, "transfer")):
+                drawn.prepared.append(prepare_batch(self.lightning_module, drawn.batch, self.root_device))
+        return drawn.prepared[0]
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         module = self.lightning_module
+        training = self.run.training
+        assert module is not None and training is not None
         number = self._at.number
         loss = self.precision_plugin.pre_backward(closure_loss, module)
-        run = (lambda: self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)) if self.training.is_last else None
-        self.training.backward(number, run)
+
+        def of_loss() -> None:
+            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
+
+        training.backward(number, of_loss if self.run.module.is_last else None)
         loss = self.precision_plugin.post_backward(loss, module)
         if updates_after_this_batch(module.trainer):
-            self.training.begin_update(number)
+            training.begin_update(number)
         return loss
 
     @override
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        with self.versions.updating():
-            out = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.training.end_update()
-        return out
-
-    def _evaluate(self, name: str, *args: Any) -> Any:
-        module = self.lightning_module
-        n = self._eval_count
-        self._eval_count += 1
-        step = getattr(module, name)
-        return self.evaluations[name].run(args[0], n, derived_seed(self.seed, name, n), lambda: step(*args))
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
+        assert self.run.versions is not None and self.run.training is not None
+        with self.run.versions.updating():
+            result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.run.training.end_update()
+        return result
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self._evaluate("validation_step", *args)
+            return self._evaluate("validation_step", args)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.test_step_context():
-            return self._evaluate("test_step", *args)
+            return self._evaluate("test_step", args)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
-            return self._evaluate("predict_step", *args)
+            return self._evaluate("predict_step", args)
 
-    # collectives
+    def _evaluate(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        step = getattr(self.lightning_module, name)
+        seed = derived_seed(self._seed, name, self._evaluations, self._mark[0])
+        return self.run.evaluations[name].run(arguments[0], self._mark, seed, lambda: step(*arguments))
+
+    # ---- what Lightning asks of all ranks ----
+
     @override
     def barrier(self, name: str | None = None) -> None:
-        if not self._streaming:
-            dist.barrier(group=self._control)
+        """Wait for all ranks; nothing while training streams, where each rank is in its own time."""
+        if not self._streaming and self._processes is not None:
+            self._processes.control.barrier()
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self._streaming:
-            return self.sharing.agree("broadcast", obj)
-        box = [obj]
-        dist.broadcast_object_list(box, src, group=self._control)
-        return box[0]
+        """What rank 0 has, on every rank. While training streams, rank 0 does not wait for the others."""
+        if src != 0:
+            raise ValueError(f"broadcast(src={src}): in a pipeline, only rank 0 is ahead of all others.")
+        if self._streaming and self._sharing is not None:
+            return self._sharing.agree("broadcast", obj)
+        return obj if self._processes is None else self._processes.control.share(obj)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Rank 0 decides: what the others see of metrics and files they have from there."""
+        return bool(self.broadcast(decision))
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Nothing to reduce: the ranks of one pipeline hold parts of the same work."""
         return tensor
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Nothing to gather: the ranks of one pipeline hold parts of the same work."""
         return tensor
 
+    # ---- checkpoints ----
+
+    @property
     @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return self.broadcast(decision)
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @override
+    def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write one plain file of the whole module. What is in flight stays in flight."""
+        if self._run is None or self.num_stages == 1:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if self._interrupted:
+            rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
+            return
+        if self._sharing is not None:
+            self._sharing.before_collective()
+        parts = self._collect_parts(checkpoint["state_dict"], "optimizer_states" in checkpoint)
+        if parts:
+            checkpoint = joined(checkpoint, parts, self._orders)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> State:
+        if self._whole_optimizer_states is not None and optimizer in self.optimizers:
+            return self._whole_optimizer_states[self.optimizers.index(optimizer)]
+        return super().optimizer_state(optimizer)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self._run is None or self.num_stages == 1:
+            super().load_model_state_dict(checkpoint, strict)
+            return
+        own = own_state_dict(checkpoint["state_dict"], module, self._run.module.cut, self.stage, strict)
+        module.load_state_dict(own, strict=False)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        own = [
+            own_optimizer_state(saved, optimizer, order, self._names)
+            for saved, optimizer, order in zip(checkpoint["optimizer_states"], self.optimizers, self._orders)
+        ]
+        super().load_optimizer_state_dict({"optimizer_states": own})
+
+    def _collect_parts(self, state_dict: State, with_optimizers: bool) -> list[Part]:
+        """All stages' parts, on rank 0."""
+        assert self._processes is not None
+        optimizers = self.optimizers if with_optimizers else []
+        part = part_of(state_dict, optimizers, self._names, self.run.module.cut, self.stage)
+        return self._processes.control.collect(part)
+
+    # ---- what callbacks show ----
+
+    def stage_figures(self) -> dict[int, StageFigures]:
+        """On rank 0, the figures of all stages, as they last told them; elsewhere, those of this stage and before."""
+        training = self.run.training
+        return {} if training is None else {**training.figures, self.stage: training.books.figures()}
+
+    def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
+        """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
+        assert self._processes is not None and self.run.training is not None
+        self.timeline.settle()
+        mine = (self.stage, self.timeline.spans, self.run.training.books.figures())
+        return {stage: (spans, figures) for stage, spans, figures in self._processes.control.collect(mine)}
+
+    # ---- the end ----
+
+    @property
+    def _interrupted(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        """Agree with the other ranks on the first cause, and say it."""
+        if self._processes is not None:
+            self._processes.fail(exception, self._where)
+
+    @property
+    def _where(self) -> str:
+        """What this rank is doing."""
+        if self.timeline.now_at is None:
+            return "during set-up"
+        kind, batch = self.timeline.now_at
+        action = f"{self.stage}{_ACTION_OF[kind]}{batch}" if kind in _ACTION_OF else kind
+        return f"at mini-batch {batch}, in {action}"
 
     @override
     def teardown(self) -> None:
-        for u in self._undo:
-            u()
+        """Make the module on rank 0 whole again, and let go of the others."""
+        self._streaming = False
+        for undo in reversed(self._undo):
+            undo()
         self._undo.clear()
-        if hasattr(self, 'replay') and self.lightning_module.trainer.state.status != TrainerStatus.INTERRUPTED:
-            self.replay.remove()
-            self.isolation.remove()
-            module = self.lightning_module
-            mine = {n: t.detach().cpu() for n, t in held_by(module, self.cut, self.stage).items()}
-            box = [None] * self.num_stages if self.is_global_zero else None
-            dist.gather_object(mine, box, 0, group=self._control)
-            module.cpu()
-            if self.is_global_zero:
-                make_room(module, self.cut, self.stage)
-                for part in box:
-                    fill(module, part)
-            dist.barrier(group=self._control)
+        if self._run is not None:
+            if self._interrupted:
+                self._run.module.remove()
+            else:
+                self._run.close()
+                self._make_whole()
+            self._run = self._sharing = None
+        if self._processes is not None and not self._interrupted:
+            self._processes.end()
         optimizers_to_device(self.optimizers, torch.device("cpu"))
+        if self.lightning_module is not None:
+            self.lightning_module.cpu()
         self.precision_plugin.teardown()
-        self.accelerator.teardown()
+        if self.accelerator is not None:
+            self.accelerator.teardown()
         self.checkpoint_io.teardown()
-        self.cluster_environment.teardown()
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
+
+    def _make_whole(self) -> None:
+        """Gather weights, buffers and optimizer states on rank 0."""
+        module = self.lightning_module
+        assert module is not None and self._processes is not None
+        if self.num_stages == 1:
+            return
+        cut = self.run.module.cut
+        held = {name: tensor.detach().cpu() for name, tensor in held_by(module, cut, self.stage).items()}
+        everyones = self._processes.control.collect(held)
+        parts = self._collect_parts({}, with_optimizers=True)
+        module.cpu()
+        if self.is_global_zero:
+            own_states = [super(ContinuousPipeStrategy, self).optimizer_state(each) for each in self.optimizers]
+            whole = joined({"state_dict": {}, "optimizer_states": own_states}, parts, self._orders)
+            self._whole_optimizer_states = whole["optimizer_states"]
+            make_room(module, cut, self.stage)
+            for part in everyones:
+                fill(module, part)
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, start_method in (
+            ("continuous_pipe", "popen"),
+            ("continuous_pipe_spawn", "spawn"),
+            ("continuous_pipe_fork", "fork"),
+            ("continuous_pipe_notebook", "fork"),
+        ):
+            if name not in strategy_registry:
+                strategy_registry.register(
+                    name,
+                    cls,
+                    description=f"ContinuousPipe: a pipeline that is never flushed, `start_method` {start_method!r}",
+                    start_method=start_method,
+                )
+
+
+def _metrics_of_their_own(module: pl.LightningModule) -> list[Callable[[], None]]:
+    """A torchmetrics metric computes over all ranks by default, but only the last stage calls it."""
+    undo: list[Callable[[], None]] = []
+    for metric in module.modules():
+        if isinstance(metric, Metric):
+            undo.append(_set(metric, "distributed_available_fn", lambda: False))
+    return undo
+
+
+def _set(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, before)

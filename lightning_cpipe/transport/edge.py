@@ -112,7 +112,7 @@ class Edge:
             raise self._lost() from error
 
     def _lost(self) -> RankLostError:
-        return RankLostError(f"the connection to rank {self._peer} broke")
+        return RankLostError(f"the connection to rank {self._peer} broke", self._peer)
 
 
 class NcclEdge(Edge):

@@ -1,14 +1,12 @@
 """What a rank would say if it were killed this moment, kept in a file that outlives it.
 
-A process that gets SIGKILL says nothing. So each rank keeps one sentence in a small memory-mapped file, with the
-number of the mini-batch it is at; keeping it up to date costs a third of a microsecond. Others read it when the rank
-is gone. Under torchrun the file is the one in which torch's elastic agent looks for a worker's error, so that the
-agent's own report says it too.
+A process that gets SIGKILL says nothing. So each rank keeps a sentence in a small memory-mapped file, with the number
+of the mini-batch it is at; keeping it up to date costs less than a microsecond. Others read it when the rank is gone.
+Under torchrun it is the file in which the elastic agent looks for a worker's error, so the agent's report says it too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
@@ -25,34 +23,29 @@ class LastWords:
 
     Args:
         sentence: with ``{batch}`` where the number of the mini-batch goes.
-        folder: where to put the file; None for the folder of temporary files. Under torchrun the agent decides.
+        path: of the file; None for a temporary one. Under torchrun the agent decides.
     """
 
-    def __init__(self, sentence: str, folder: str | None = None) -> None:
+    def __init__(self, sentence: str, path: Path | None = None) -> None:
         agents_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        text = sentence.format(batch=_HOLE)
-        if agents_file is not None:
-            self.path = Path(agents_file)
-            self._write(_as_agents_report(text))
-        else:
-            handle, name = tempfile.mkstemp(prefix="lightning_cpipe_", suffix=".txt", dir=folder)
-            os.close(handle)
-            self.path = Path(name)
-            self._write(text)
+        self.for_agent = path is None and agents_file is not None
+        """Whether torchrun's agent reads the file."""
+        self.path = path or Path(agents_file or _temporary_file())
+        self._write(sentence.format(batch=_HOLE))
         with self.path.open("r+b") as file:
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0)
-        self._at = self._map.find(_HOLE.encode())
+        self._hole = self._map.find(_HOLE.encode())
         self.at(0)
 
     def at(self, batch: int) -> None:
         """The rank is at this mini-batch now."""
         if self._map is not None:
-            self._map[self._at : self._at + _DIGITS] = b"%12d" % batch
+            self._map[self._hole : self._hole + _DIGITS] = b"%12d" % batch
 
     def replace(self, text: str) -> None:
-        """Say something else; for good."""
+        """Say something else, for good."""
         self._close()
-        self._write(_as_agents_report(text) if "TORCHELASTIC_ERROR_FILE" in os.environ else text)
+        self._write(text)
 
     def forget(self) -> None:
         """The rank ended well."""
@@ -60,7 +53,10 @@ class LastWords:
         self.path.unlink(missing_ok=True)
 
     def _write(self, text: str) -> None:
-        self.path.write_text(text)
+        # A new file in one move: whoever reads meanwhile sees the old words or the new ones.
+        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        fresh.write_text(_agents_report(text) if self.for_agent else text)
+        fresh.replace(self.path)
 
     def _close(self) -> None:
         if self._map is not None:
@@ -68,17 +64,22 @@ class LastWords:
             self._map = None
 
 
-def read_last_words(path: str | None) -> str | None:
-    """What the file of a rank that is gone says; None if it can't be read here."""
-    if path is None:
-        return None
-    with contextlib.suppress(OSError, ValueError, KeyError):
+def read_last_words(path: str | Path) -> str | None:
+    """What a rank's file says; None if it can't be read here."""
+    try:
         text = Path(path).read_text()
         words = json.loads(text)["message"]["message"] if text.startswith("{") else text
-        return " ".join(str(words).split())
-    return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return " ".join(str(words).split()) or None
 
 
-def _as_agents_report(text: str) -> str:
+def _temporary_file() -> str:
+    handle, name = tempfile.mkstemp(prefix="lightning_cpipe_", suffix=".txt")
+    os.close(handle)
+    return name
+
+
+def _agents_report(text: str) -> str:
     extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
     return json.dumps({"message": {"message": text, "extraInfo": extra}})

@@ -1,32 +1,28 @@
 """Watches that all ranks of the pipeline are alive, and agrees on the first cause when one is not.
 
-The data groups never time out; a rank that waits on them learns of a death only if the connection breaks. So each
-process has a thread that beats twice a second on a key-value store, and looks there for what others said. The first
-that has something to say is the first cause, for everyone; what comes after it are echoes.
+The data groups never time out, and a rank that waits on them learns of a death only if its own connection breaks. So
+each process has a thread that beats twice a second on a key-value store, and looks there for what others said. The
+first that has something to say is the first cause, for everyone; what comes after it are echoes.
 
-A rank ends when the first cause is known: by itself, if its main thread gets an error from the transport, else by
-this thread, after a moment of grace. It also ends when the process that launched it is gone.
+A process whose main thread does not end by itself once the first cause is known is ended by this thread, after a
+moment of grace; so is one whose launcher is gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from lightning_cpipe.transport.last_words import LastWords, read_last_words
-
-log = logging.getLogger(__name__)
 
 BEAT_S = 0.5
 """Seconds between two looks."""
@@ -34,23 +30,31 @@ BEAT_S = 0.5
 GRACE_S = 5.0
 """Seconds that a process has to end by itself once the first cause is known."""
 
+LINGER_S = 1.0
+"""Seconds that a process which only follows another one's failure leaves that one to end first: launchers take the
+process that ends first for the one that failed."""
 
-@dataclass(frozen=True)
-class FirstCause:
+
+class FirstCause(NamedTuple):
     """Why the pipeline ended.
 
     Attributes:
-        stage: of the rank that failed first.
-        rank: its global rank.
-        story: what it was doing, and the error.
+        rank: that failed first.
+        text: one sentence that names stage, rank, mini-batch and error.
     """
 
-    stage: int
     rank: int
-    story: str
+    text: str
 
-    def __str__(self) -> str:
-        return f"the pipeline ended because stage {self.stage} (rank {self.rank}) failed: {self.story}"
+    @classmethod
+    def of(cls, rank: int, stage: int, story: str) -> FirstCause:
+        """The cause in one sentence."""
+        return cls(rank, f"the pipeline ended because stage {stage} (rank {rank}) failed: {story}")
+
+
+def sentence_if_killed(rank: int, stage: int) -> str:
+    """The last words of a rank that could not say any."""
+    return FirstCause.of(rank, stage, "its process is gone (killed?); it was at mini-batch {batch}").text
 
 
 class Watch:
@@ -59,46 +63,53 @@ class Watch:
     Args:
         rank: this process's global rank.
         stages: the stage of each rank.
-        timeout_s: seconds of silence after which a rank counts as dead.
+        run: tells this run's keys from those of others on the same store.
+        silence_s: seconds without a beat after which a rank counts as dead.
         words: this rank's last words.
     """
 
-    def __init__(self, rank: int, stages: list[int], timeout_s: float, words: LastWords) -> None:
+    def __init__(self, rank: int, stages: list[int], run: str, silence_s: float, words: LastWords) -> None:
         self._rank = rank
         self._stages = stages
-        self._timeout_s = timeout_s
+        self._silence_s = silence_s
         self._words = words
         self._parent = os.getppid()
-        self._stop = threading.Event()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
         self._cause: FirstCause | None = None
-        self._heard: dict[int, tuple[str, float]] = {}
-        self._paths: dict[int, str] = {}
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        self._words_of: dict[int, str] = {}
         # A connection of its own: the main thread may hold the other one, waiting.
-        client = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=timeout_s))
-        self._store = dist.PrefixStore("lightning_cpipe", client)
-        self._store.set(self._key("words"), json.dumps([socket.gethostname(), str(words.path)]))
+        self._store = dist.PrefixStore(
+            f"lightning_cpipe/{run}",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=silence_s),
+            ),
+        )
+        self._store.set(f"words/{rank}", json.dumps([socket.gethostname(), str(words.path)]))
         self._thread = threading.Thread(target=self._run, name="lightning_cpipe-watch", daemon=True)
 
-    def start(self, generation: str) -> None:
-        """Begin to watch. All ranks are there by now.
+    @property
+    def is_spokesman(self) -> bool:
+        """Whether this rank is the one to print the first cause: rank 0, or rank 1 if rank 0 is what failed."""
+        return self._cause is not None and self._rank == (1 if self._cause.rank == 0 else 0)
 
-        Args:
-            generation: tells this run from earlier ones on the same store.
-        """
-        self._generation = generation
-        host = socket.gethostname()
+    def start(self) -> None:
+        """Begin; all ranks are there by now."""
         for rank in range(len(self._stages)):
-            their_host, path = json.loads(self._store.get(self._key("words", rank)))
-            if their_host == host:
-                self._paths[rank] = path
+            host, path = json.loads(self._store.get(f"words/{rank}"))
+            if host == socket.gethostname():
+                self._words_of[rank] = path
         self._thread.start()
 
     def stop(self) -> None:
-        """End well: from here on, silence of others means nothing."""
-        self._stop.set()
-        self._thread.join()
-        self._words.forget()
+        """From here on, silence of others means nothing."""
+        self._stopping.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def report(self, story: str) -> FirstCause:
         """Say that this rank failed.
@@ -106,80 +117,102 @@ class Watch:
         Returns:
             The first cause, which is this one unless another rank was first.
         """
-        return self._agree(FirstCause(self._stages[self._rank], self._rank, story))
+        return self._agree(FirstCause.of(self._rank, self._stages[self._rank], story))
 
-    def explain(self, error: BaseException) -> FirstCause:
-        """What was behind an error of the transport: waits a moment for whoever failed first to say so."""
+    def explain(self, lost: int | None) -> FirstCause:
+        """What was behind a broken connection: waits a moment for whoever failed first to say so.
+
+        Args:
+            lost: the rank at its other end, if that is known.
+        """
         deadline = time.monotonic() + 4 * BEAT_S
-        while time.monotonic() < deadline and self._cause is None:
+        while self._cause is None and time.monotonic() < deadline:
             self._look()
-            self._stop.wait(0.05)
-        return self._cause or self.report(f"{type(error).__name__}: {error}")
+            self._stopping.wait(0.02)
+        if self._cause is None:
+            self._agree(self._gone(self._rank if lost is None else lost))
+        assert self._cause is not None
+        return self._cause
+
+    def linger(self) -> None:
+        """Let the rank that failed first end first."""
+        time.sleep(LINGER_S)
 
     def _run(self) -> None:
-        while not self._stop.wait(BEAT_S):
+        while not self._stopping.wait(BEAT_S):
             self._look()
             if self._cause is not None:
                 self._end()
                 return
 
     def _look(self) -> None:
-        if self._cause is not None:
-            return
-        if os.getppid() != self._parent:
-            self._cause = FirstCause(self._stages[self._rank], self._rank, "the process that launched it is gone")
-            return
-        try:
-            self._store.set(self._key("beat"), repr(time.time()))
-            if self._store.check([self._key("cause", None)]):
-                self._cause = FirstCause(**json.loads(self._store.get(self._key("cause", None))))
+        with self._lock:
+            if self._cause is not None:
                 return
-            self._listen()
-        except dist.DistError:
-            if not self._stop.is_set():
+            if os.getppid() != self._parent:
+                self._cause = FirstCause.of(self._rank, self._stages[self._rank], "the process that launched it is gone")
+                return
+            try:
+                self._store.set(f"beat/{self._rank}", repr(time.time()))
+                if self._store.check(["cause"]):
+                    self._cause = FirstCause(*json.loads(self._store.get("cause")))
+                    return
+                silent = self._silent()
+            except dist.DistError:
                 # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
-                self._cause = self._gone(0)
+                self._cause = None if self._stopping.is_set() else self._gone(0)
+                return
+        if silent is not None:
+            story = f"it was silent for {self._silence_s:g} s"
+            self._agree(FirstCause.of(silent, self._stages[silent], story))
 
-    def _listen(self) -> None:
+    def _silent(self) -> int | None:
+        """A rank whose beat has not changed for too long."""
         now = time.monotonic()
         for rank in range(len(self._stages)):
-            key = self._key("beat", rank)
-            beat = self._store.get(key).decode() if self._store.check([key]) else ""
-            last, since = self._heard.get(rank, ("", now))
-            self._heard[rank] = (beat, now if beat != last else since)
-            if now - self._heard[rank][1] > self._timeout_s:
-                self._agree(self._gone(rank, f"it was silent for {self._timeout_s:g} s"))
-                return
+            beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
+            if self._beats.setdefault(rank, (beat, now))[0] != beat:
+                self._beats[rank] = (beat, now)
+            if now - self._beats[rank][1] > self._silence_s:
+                return rank
+        return None
 
-    def _gone(self, rank: int, how: str = "its process is gone (killed?)") -> FirstCause:
-        words = read_last_words(self._paths.get(rank))
-        return FirstCause(self._stages[rank], rank, f"{how}; {words}" if words else how)
-
-    def lost(self, rank: int) -> FirstCause:
-        """Say that the connection to `rank` broke."""
-        return self._agree(self._gone(rank))
+    def _gone(self, rank: int) -> FirstCause:
+        words = read_last_words(self._words_of[rank]) if rank in self._words_of else None
+        if words is not None:
+            return FirstCause(rank, words)
+        return FirstCause.of(rank, self._stages[rank], "its process is gone (killed?)")
 
     def _agree(self, cause: FirstCause) -> FirstCause:
-        """The first one said counts."""
-        try:
-            agreed = self._store.compare_set(self._key("cause", None), "", json.dumps(asdict(cause)))
-            self._cause = FirstCause(**json.loads(agreed))
-        except dist.DistError:
-            self._cause = cause if cause.rank == self._rank else self._gone(0)
-        return self._cause
+        """What is said first counts."""
+        with self._lock:
+            if self._cause is None:
+                try:
+                    self._cause = FirstCause(*json.loads(self._store.compare_set("cause", "", json.dumps(cause))))
+                except dist.DistError:
+                    self._cause = cause if cause.rank == self._rank else self._gone(0)
+            return self._cause
 
     def _end(self) -> None:
-        """Wait for the main thread to end the process; end it if it does not."""
-        if self._stop.wait(GRACE_S):
+        """The main thread may be waiting for a message that will never come."""
+        if self._stopping.wait(GRACE_S) or self._cause is None:
             return
-        self._words.replace(str(self._cause))
-        with contextlib.suppress(OSError):
-            print(f"lightning_cpipe: {self._cause}", file=sys.stderr, flush=True)
+        self._words.replace(self._cause.text)
+        if self.is_spokesman:
+            say(self._cause)
+        self.clean_up()
+        if self._cause.rank != self._rank and not self._words.for_agent:
+            self._words.forget()
         os._exit(1)
 
-    def _key(self, what: str, rank: int | None = -1) -> str:
-        rank = self._rank if rank == -1 else rank
-        return f"{what}" if rank is None else f"{what}/{rank}"
+    def clean_up(self) -> None:
+        """As the spokesman, remove the words of the rank that failed, once they have been read."""
+        if self._cause is not None and self.is_spokesman and not self._words.for_agent:
+            path = self._words_of.get(self._cause.rank)
+            if path is not None:
+                Path(path).unlink(missing_ok=True)
 
 
-Describe = Callable[[], str]
+def say(cause: FirstCause) -> None:
+    """Print the first cause as the last thing on the screen."""
+    print(f"\nlightning_cpipe: {cause.text}", file=sys.stderr, flush=True)

@@ -46,9 +46,8 @@ class Records:
         return record
 
     def send_last(self) -> None:
-        """Say that nothing more will come, and wait until everything has left."""
+        """Say that nothing more will come. Returns at once: the other end has posted for it."""
         self.send(_NOTHING_MORE)
-        self._edge.flush()
 
     def discard(self) -> int:
         """Receive and forget what comes until the other end has said that nothing more will.

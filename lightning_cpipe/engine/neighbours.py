@@ -1,0 +1,117 @@
+"""A stage's ends of the lanes to the stages beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_cpipe.engine.decisions import Decisions
+from lightning_cpipe.transport.edge import Edge
+from lightning_cpipe.transport.records import Records
+from lightning_cpipe.transport.settling import (
+    Account,
+    account_of,
+    send_what_was_posted_for,
+    take_what_was_sent,
+)
+from lightning_cpipe.transport.wiring import Lane, Lanes
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The lanes of one traffic class, training's or evaluation's. None where there is no neighbour.
+
+    Attributes:
+        activations_in: from the stage before.
+        activations_out: to the stage after.
+        records_in: from the stage before.
+        records_out: to the stage after.
+        gradients_in: from the stage after; training only.
+        gradients_out: to the stage before; training only.
+    """
+
+    activations_in: Edge | None = None
+    activations_out: Edge | None = None
+    records_in: Records | None = None
+    records_out: Records | None = None
+    gradients_in: Edge | None = None
+    gradients_out: Edge | None = None
+
+    @classmethod
+    def of_training(cls, lanes: Lanes) -> Neighbours:
+        """Training's lanes."""
+        return cls(
+            lanes.incoming.get("activations"),
+            lanes.outgoing.get("activations"),
+            incoming_records(lanes, "records"),
+            outgoing_records(lanes, "records"),
+            lanes.incoming.get("gradients"),
+            lanes.outgoing.get("gradients"),
+        )
+
+    @classmethod
+    def of_evaluation(cls, lanes: Lanes) -> Neighbours:
+        """Evaluation's lanes."""
+        return cls(
+            lanes.incoming.get("eval_activations"),
+            lanes.outgoing.get("eval_activations"),
+            incoming_records(lanes, "eval_records"),
+            outgoing_records(lanes, "eval_records"),
+        )
+
+    def settle(self, decisions: Decisions) -> int:
+        """Bring training's lanes to rest; see `lightning_cpipe.transport.settling`.
+
+        Returns:
+            How many messages were discarded.
+        """
+        if self.records_out is not None:
+            self.records_out.send(Accounts(account_of(self.activations_out), account_of(self.gradients_in)))
+        decisions.tell_previous(Accounts(account_of(self.activations_in), account_of(self.gradients_out)))
+        of_next: Accounts = decisions.hear_next(otherwise=Accounts())
+        of_previous = self._accounts_of_previous()
+        send_what_was_posted_for(self.activations_out, of_next.activations)
+        send_what_was_posted_for(self.gradients_out, of_previous.gradients)
+        discarded = take_what_was_sent(self.activations_in, of_previous.activations)
+        discarded += take_what_was_sent(self.gradients_in, of_next.gradients)
+        for edge in (self.activations_out, self.gradients_out):
+            if edge is not None:
+                edge.flush()
+        return discarded
+
+    def tell_last(self) -> None:
+        """Send no more records."""
+        if self.records_out is not None:
+            self.records_out.send_last()
+
+    def discard(self) -> None:
+        """Take the records to their end."""
+        if self.records_in is not None:
+            self.records_in.discard()
+
+    def _accounts_of_previous(self) -> Accounts:
+        if self.records_in is None:
+            return Accounts()
+        while not isinstance(found := self.records_in.receive(), Accounts):
+            # A record of a mini-batch that this stage will not forward any more.
+            pass
+        return found
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """How far a neighbour got on the two lanes between it and this stage."""
+
+    activations: Account | None = None
+    gradients: Account | None = None
+
+
+def incoming_records(lanes: Lanes, lane: Lane) -> Records | None:
+    """The receiving end of a lane for records."""
+    edge = lanes.incoming.get(lane)
+    return None if edge is None else Records(edge, receives=True)
+
+
+def outgoing_records(lanes: Lanes, lane: Lane) -> Records | None:
+    """The sending end of a lane for records."""
+    edge = lanes.outgoing.get(lane)
+    return None if edge is None else Records(edge, receives=False)

@@ -1,0 +1,92 @@
+"""Cuts the LightningModule of a run: rank 0 probes it, every rank keeps its part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.probe import Check
+from lightning_cpipe.stage.step import Step
+from lightning_cpipe.stage.weights import make_room
+from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
+
+
+def agree_on_cut(
+    trainer: pl.Trainer,
+    processes: Processes,
+    split_points: str | Sequence[str],
+    check: Check,
+    device: torch.device,
+    seed: int,
+) -> Cut:
+    """Let all ranks hold rank 0's weights, and know how they are cut. The module is still whole afterwards.
+
+    Raises:
+        CutError: if the module can't be cut; on rank 0.
+        DataMismatchError: if the ranks' loaders differ in the first batch.
+    """
+    module = trainer.lightning_module
+    make_room(module)
+    with torch.no_grad():
+        processes.control.share_tensors([*module.parameters(), *module.buffers()])
+    if processes.rank == 0:
+        # The others move what they keep, once they know it.
+        module.to(device)
+    steps = _steps(trainer, processes, device, seed)
+    found: Cut | None = None
+    error: CutError | None = None
+    if processes.rank == 0:
+        try:
+            found = find_cut(module, steps, processes.num_stages, split_points, device, check)
+        except CutError as raised:
+            error = raised
+    cut = processes.control.share(found)
+    if error is not None:
+        raise error
+    if cut is None:
+        raise RankLostError("rank 0 could not cut the module", 0)
+    return cut
+
+
+def _steps(trainer: pl.Trainer, processes: Processes, device: torch.device, seed: int) -> list[Step]:
+    """The steps that this run will take, each on its first batch.
+
+    Every rank draws the batches, so that their loaders go the same way; only rank 0 runs the steps.
+    """
+    module = trainer.lightning_module
+    if trainer.state.fn == TrainerFn.FITTING:
+        trainer.fit_loop.setup_data()
+        fetcher = trainer.fit_loop._data_fetcher
+        first = None if fetcher is None else fetcher.peek()
+        _require_same_first_batch(processes, None if first is None else first.fingerprint)
+        if first is None:
+            raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
+        steps = [training_probe_step(module, first, device, seed)]
+        if trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            steps += evaluation_probe_step(module, loop, "validation_step", device, seed)
+        return steps
+    name, loop = {
+        TrainerFn.VALIDATING: ("validation_step", trainer.validate_loop),
+        TrainerFn.TESTING: ("test_step", trainer.test_loop),
+        TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
+    }[trainer.state.fn]
+    return evaluation_probe_step(module, loop, name, device, seed)
+
+
+def _require_same_first_batch(processes: Processes, fingerprint: int | None) -> None:
+    found = processes.control.compare(fingerprint)
+    others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if others:
+        raise DataMismatchError(
+            f"the training loaders differ: rank 0 and rank {others[0]} drew different first batches. All stages of a"
+            " pipeline must draw the same data in the same order: call `seed_everything` before the data is split or"
+            " shuffled, and do not let the loader depend on the rank."
+        )

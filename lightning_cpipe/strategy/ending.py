@@ -1,0 +1,63 @@
+"""How a rank ends when something went wrong: the first cause is told once, and last."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+from collections.abc import Callable
+from types import TracebackType
+
+from lightning_cpipe.transport.liveness import FirstCause, say
+
+log = logging.getLogger(__name__)
+
+
+class Ending:
+    """Says the first cause when the process ends, after every traceback and every logger's goodbye.
+
+    A rank that failed because of another one does not print its own traceback, which would only hide the first; it is
+    logged at debug level.
+    """
+
+    def __init__(self) -> None:
+        # Made before loggers register theirs, so that it runs after them.
+        atexit.register(self._at_exit)
+        self._cause: FirstCause | None = None
+        self._echo: BaseException | None = None
+        self._actions: list[Callable[[], object]] = []
+        self._hook = sys.excepthook
+
+    def because(self, cause: FirstCause | None, error: BaseException, *, echo: bool) -> None:
+        """The process is about to end.
+
+        Args:
+            cause: what to say at the end; None if another rank says it.
+            error: what this process raises.
+            echo: whether that only follows from another rank's failure.
+        """
+        self._cause = cause
+        if echo:
+            self._echo = error
+            if sys.excepthook != self._quiet:
+                self._hook, sys.excepthook = sys.excepthook, self._quiet
+
+    def afterwards(self, action: Callable[[], object]) -> None:
+        """Do this when the process ends."""
+        self._actions.append(action)
+
+    def _quiet(
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if error is self._echo:
+            log.debug("this rank ended because another one failed", exc_info=(kind, error, traceback))
+        else:
+            # Someone else's error: it counts more than ours.
+            self._cause = None
+            self._hook(kind, error, traceback)
+
+    def _at_exit(self) -> None:
+        if self._cause is not None:
+            say(self._cause)
+        for action in self._actions:
+            action()

@@ -1,0 +1,86 @@
+"""Which hooks run on which stage.
+
+Hooks fire on every rank, each at its own local step. Those that need what a step returned or left behind run where
+that is: on the last stage, which is rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.strategy.lightning_private import instead_of
+from lightning_cpipe.strategy.sharing import Sharing
+
+_BATCH_ENDS = ("on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
+"""They are given the step's output, which only the last stage has."""
+
+_EPOCH_END = {
+    "training_step": "on_train_epoch_end",
+    "validation_step": "on_validation_epoch_end",
+    "test_step": "on_test_epoch_end",
+    "predict_step": "on_predict_epoch_end",
+}
+
+
+def arrange_hooks(
+    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing
+) -> list[Callable[[], None]]:
+    """Let each hook run where it belongs.
+
+    - Only the last stage logs. What it logged, `Sharing` lets the others know.
+    - The hooks at the end of an evaluation's batch run on the last stage only, the module's and all callbacks'.
+    - The module's hook at the end of an epoch runs on every stage, unless the step leaves something behind on the last
+      stage alone, such as a list of outputs: then it runs there only.
+
+    Returns:
+        Functions that undo it.
+    """
+    undo = []
+    if not sharing.leads:
+        undo.append(instead_of(module, "log", _nothing))
+        for hook in _BATCH_ENDS:
+            undo += [instead_of(owner, hook, _nothing) for owner in (module, *trainer.callbacks)]
+        undo += [
+            instead_of(module, _EPOCH_END[step], _nothing) for step, found in cut.steps.items() if found.leaves_behind
+        ]
+    if "training_step" in cut.steps:
+        undo.append(_share_after_epoch_end(module, sharing))
+        undo += [_refuse_to_skip(module)] if is_overridden("on_train_batch_start", module) else []
+    # Lightning's summary and TensorBoard would run it through the whole module, which no rank has.
+    undo.append(instead_of(module, "_example_input_array", None))
+    return undo
+
+
+def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Callable[[], None]:
+    """The monitoring callbacks come right after this hook, and decide by what it logged."""
+    users_hook = module.on_train_epoch_end
+
+    def on_train_epoch_end() -> None:
+        users_hook()
+        sharing.metrics("epoch")
+
+    return instead_of(module, "on_train_epoch_end", on_train_epoch_end)
+
+
+def _refuse_to_skip(module: pl.LightningModule) -> Callable[[], None]:
+    users_hook = module.on_train_batch_start
+
+    def on_train_batch_start(*args: Any) -> Any:
+        if users_hook(*args) == -1:
+            raise MisconfigurationException(
+                "`on_train_batch_start` returned -1 to end the epoch, but earlier stages have forwarded some of its"
+                " mini-batches already. Shorten the epoch with `Trainer(limit_train_batches=...)`, or stop training"
+                " with `trainer.should_stop = True`."
+            )
+
+    return instead_of(module, "on_train_batch_start", on_train_batch_start)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None

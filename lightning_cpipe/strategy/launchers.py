@@ -1,0 +1,140 @@
+"""Starts the ranks, and says why when they do not come back.
+
+Lightning's own launchers, with two differences: what can't run is refused before a process is started, and the end of
+a failed run is told in one sentence that names stage, rank, mini-batch and the first cause.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins import ClusterEnvironment
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+from typing_extensions import override
+
+from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.strategy.lightning_private import (
+    MultiProcessingLauncher,
+    SubprocessScriptLauncher,
+    set_num_threads_if_needed,
+    start_children,
+)
+from lightning_cpipe.transport.last_words import read_last_words
+from lightning_cpipe.transport.liveness import GRACE_S, FirstCause, say
+
+POLL_S = 0.2
+"""Seconds between two looks at the children."""
+
+
+class Launched(Protocol):
+    """What the launchers ask of the strategy."""
+
+    words_folder: Path | None
+
+    def refuse_early(self, trainer: pl.Trainer) -> None:
+        """Raise if this can't run."""
+
+    def stage_of(self, rank: int) -> int:
+        """The stage that a rank holds."""
+
+
+class ScriptLauncher(SubprocessScriptLauncher):
+    """Starts the script once more for each further rank."""
+
+    def __init__(
+        self, strategy: Launched, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int
+    ) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._strategy = strategy
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        if trainer is not None:
+            self._strategy.refuse_early(trainer)
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally and not self.procs:
+            start_children(self)
+            _ChildWatch(self.procs, self._strategy).start()
+        set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+class ProcessLauncher(MultiProcessingLauncher):
+    """Spawns or forks all ranks from this process, which waits for them."""
+
+    def __init__(self, strategy: Any, start_method: Literal["spawn", "fork", "forkserver"]) -> None:
+        super().__init__(strategy, start_method=start_method)
+
+    @override
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        strategy: Launched = self._strategy  # type: ignore[assignment]
+        if trainer is not None:
+            strategy.refuse_early(trainer)
+        with tempfile.TemporaryDirectory(prefix="lightning_cpipe_") as folder:
+            strategy.words_folder = Path(folder)
+            try:
+                return super().launch(function, *args, trainer=trainer, **kwargs)
+            except ProcessException as error:
+                raise _explained(error, strategy) from error
+            finally:
+                strategy.words_folder = None
+
+
+    @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning tells the strategy of an exception in the main process only, which knows nothing of the pipeline.
+        try:
+            super()._wrapping_function(*args, **kwargs)
+        except BaseException as error:
+            self._strategy.on_exception(error)
+            raise
+
+
+class _ChildWatch(threading.Thread):
+    """Ends the main process if a child is gone and the main thread, which may wait for it, does not notice.
+
+    That is so while the ranks still look for each other; later, every rank watches all others.
+    """
+
+    def __init__(self, children: list[subprocess.Popen[bytes]], strategy: Launched) -> None:
+        super().__init__(name="lightning_cpipe-children", daemon=True)
+        self._children = children
+        self._strategy = strategy
+
+    @override
+    def run(self) -> None:
+        while any(child.poll() is None for child in self._children):
+            failed = next((i for i, child in enumerate(self._children) if child.poll()), None)
+            if failed is not None:
+                self._end(failed + 1)
+                return
+            time.sleep(POLL_S)
+        failed = next((i for i, child in enumerate(self._children) if child.returncode), None)
+        if failed is not None:
+            self._end(failed + 1)
+
+    def _end(self, rank: int) -> None:
+        # The main thread may know better why, and end the process first.
+        time.sleep(2 * GRACE_S)
+        status = self._children[rank - 1].returncode
+        say(FirstCause.of(rank, self._strategy.stage_of(rank), f"its process ended with status {status}"))
+        for child in self._children:
+            child.kill()
+        os._exit(1)
+
+
+def _explained(error: ProcessException, strategy: Launched) -> RankLostError:
+    """The first cause, from what the rank left behind."""
+    rank = error.error_index
+    assert strategy.words_folder is not None
+    words = read_last_words(strategy.words_folder / f"rank_{rank}")
+    how = "its process is gone" if isinstance(error, ProcessExitedException) else "see its error above"
+    return RankLostError(words or FirstCause.of(rank, strategy.stage_of(rank), f"{how}, before it began").text, rank)

@@ -1,0 +1,132 @@
+"""This process among the ranks: its groups, its watch, and how it ends."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+
+from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.strategy.ending import Ending
+from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
+from lightning_cpipe.transport.control import Control
+from lightning_cpipe.transport.last_words import LastWords
+from lightning_cpipe.transport.liveness import Watch, sentence_if_killed
+from lightning_cpipe.transport.wiring import Lanes, Wiring
+
+START_UP = timedelta(minutes=10)
+"""How long the ranks wait for each other at the start; importing torch in many processes at once takes its time."""
+
+
+def stage_of(rank: int, num_stages: int) -> int:
+    """The stage that a rank holds. Rank 0 holds the last one.
+
+    Loss, metrics, progress bar and loggers are born on the last stage, and Lightning does all of that on rank 0. The
+    last stage is also the first to finish a local step, so what rank 0 says comes in time for everyone.
+    """
+    return num_stages - 1 - rank % num_stages
+
+
+class Processes:
+    """The ranks of one pipeline, seen from one of them.
+
+    Args:
+        environment: knows the ranks and their address.
+        num_stages: p, one rank each.
+        device: where this rank computes.
+        backend: of the groups that carry tensors; None for the device's own.
+    """
+
+    def __init__(
+        self, environment: ClusterEnvironment, num_stages: int, device: torch.device, backend: str | None
+    ) -> None:
+        self.rank = environment.global_rank()
+        self.num_stages = num_stages
+        self.stage = stage_of(self.rank, num_stages)
+        self._wiring: Wiring | None = None
+        self._watch: Watch | None = None
+        self._words: LastWords | None = None
+        self._ending = Ending()
+        if num_stages > 1:
+            backend = backend or default_backend_for(device)
+            init_dist_connection(environment, backend, timeout=START_UP)
+        self.control = Control(num_stages)
+        if num_stages > 1:
+            ranks = [num_stages - 1 - stage for stage in range(num_stages)]
+            self._wiring = Wiring(ranks, self.stage, device, backend or "gloo")
+
+    def begin(self, silence_s: float, words_folder: Path | None) -> None:
+        """Watch each other from here on.
+
+        Args:
+            silence_s: seconds without a beat after which a rank counts as dead.
+            words_folder: where the launcher looks for the last words of a rank; None for a temporary file.
+        """
+        if self.num_stages == 1:
+            return
+        path = None if words_folder is None else words_folder / f"rank_{self.rank}"
+        self._words = LastWords(sentence_if_killed(self.rank, self.stage), path)
+        stages = [stage_of(rank, self.num_stages) for rank in range(self.num_stages)]
+        run = self.control.share(uuid.uuid4().hex)
+        self._watch = Watch(self.rank, stages, run, silence_s, self._words)
+        self.control.barrier()
+        self._watch.start()
+
+    def end(self) -> None:
+        """All went well; returns once it did on every rank."""
+        self.control.barrier()
+        if self._watch is not None:
+            self._watch.stop()
+            # Rank 0 holds the store: it goes on only when nobody looks there any more.
+            self.control.barrier()
+            self._watch = None
+        if self._words is not None:
+            self._words.forget()
+            self._words = None
+
+    def at(self, batch: int) -> None:
+        """This rank is at that mini-batch."""
+        if self._words is not None:
+            self._words.at(batch)
+
+    def lanes(self, in_flight: int) -> Lanes:
+        """The lanes to the neighbours."""
+        return Lanes({}, {}) if self._wiring is None else self._wiring.lanes(in_flight)
+
+    def fail(self, error: BaseException, where: str) -> None:
+        """This rank can't go on: find out, or say, what the first cause was.
+
+        Args:
+            error: what was raised here.
+            where: what this rank was doing.
+        """
+        watch, words = self._watch, self._words
+        if watch is None or words is None:
+            return
+        if isinstance(error, RankLostError):
+            cause = watch.explain(error.lost)
+        else:
+            cause = watch.report(f"{where}: {_in_words(error)}")
+        echo = isinstance(error, RankLostError) and cause.rank != self.rank
+        if echo:
+            error.args = (cause.text,)
+        watch.stop()
+        words.replace(cause.text)
+        speaks = watch.is_spokesman or cause.rank == self.rank == 0
+        self._ending.because(cause if speaks else None, error, echo=echo)
+        # The words of the rank that failed are for others to read; whoever speaks removes them.
+        self._ending.afterwards(watch.clean_up)
+        if echo:
+            if not words.for_agent:
+                self._ending.afterwards(words.forget)
+            watch.linger()
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted from the keyboard"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

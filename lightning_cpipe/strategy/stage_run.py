@@ -1,0 +1,79 @@
+"""One rank's share of one run: the stage's module, its lanes and its streams, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lightning_cpipe.engine.decisions import Decisions
+from lightning_cpipe.engine.evaluation import EvaluationStream
+from lightning_cpipe.engine.mini_batch import MiniBatch, Source
+from lightning_cpipe.engine.neighbours import Neighbours, incoming_records, outgoing_records
+from lightning_cpipe.engine.timeline import Timeline
+from lightning_cpipe.engine.training import STEP, TrainingStream
+from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.stage.versions import Versions
+from lightning_cpipe.transport.wiring import Lanes
+
+
+class StageRun:
+    """What lives from the strategy's set-up to its teardown.
+
+    Attributes:
+        module: the stage.
+        decisions: its place in the chain of what the last stage decides.
+        evaluations: the streams of the steps that do not train, by name.
+        training: the stream of training; None if this run does not train, or has not begun to.
+        versions: of the stage's weights; None likewise.
+    """
+
+    def __init__(self, module: StageModule, lanes: Lanes, timeline: Timeline) -> None:
+        self.module = module
+        self.decisions = Decisions(incoming_records(lanes, "decisions"), outgoing_records(lanes, "decisions"))
+        self._lanes = lanes
+        self._timeline = timeline
+        self._training_lanes = Neighbours.of_training(lanes)
+        self._evaluation_lanes = Neighbours.of_evaluation(lanes)
+        self.evaluations = {
+            name: EvaluationStream(name, module, self._evaluation_lanes, timeline)
+            for name in module.cut.steps
+            if name != STEP
+        }
+        self.training: TrainingStream | None = None
+        self.versions: Versions | None = None
+
+    def train(
+        self,
+        schedule: Schedule,
+        versions: Versions,
+        source: Source,
+        run_step: Callable[[MiniBatch], object],
+    ) -> TrainingStream:
+        """Begin to train; see `TrainingStream`."""
+        self.versions = versions
+        self.training = TrainingStream(
+            self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step
+        )
+        return self.training
+
+    def settle(self) -> int:
+        """Training is over: discard what is in flight.
+
+        Returns:
+            How many messages were discarded.
+        """
+        if self.training is not None:
+            self.training.in_flight.clear()
+        return self._training_lanes.settle(self.decisions)
+
+    def close(self) -> None:
+        """Take all lanes to their end and leave the module as it was, weights excepted."""
+        self.decisions.tell_last()
+        self._training_lanes.tell_last()
+        self._evaluation_lanes.tell_last()
+        self.decisions.discard()
+        self._training_lanes.discard()
+        self._evaluation_lanes.discard()
+        for edge in self._lanes.outgoing.values():
+            edge.flush()
+        self.module.remove()
