@@ -58,12 +58,14 @@ class Record(NamedTuple):
         number: of the mini-batch.
         fingerprint: of the batch as the sender's loader gave it.
         table: the shapes, where they are new; None where they are known.
+        hand_raised: whether a stage before wants training to stop.
         figures: what the stages before tell of themselves, by stage.
     """
 
     number: int
     fingerprint: int
     table: TemplateTable | None
+    hand_raised: bool
     figures: dict[int, tuple[Any, ...]]
 
 
@@ -94,6 +96,9 @@ class TrainingStream:
         self.figures: dict[int, StageFigures] = {}
         """What the stages before told of themselves last, by stage."""
         self.books = Bookkeeper(timeline)
+        self.hand_raised: Callable[[], bool] = lambda: False
+        """Whether this stage wants training to stop."""
+        self._hand_raised_before = False
         self._module = module
         self._schedule = schedule
         self._versions = versions
@@ -174,6 +179,10 @@ class TrainingStream:
         """The optimizer has stepped."""
         self._timeline.end_update()
 
+    def is_hand_raised(self) -> bool:
+        """Whether this stage, or one before it, wants training to stop."""
+        return self._hand_raised_before or self.hand_raised()
+
     def _begin_at(self, number: int) -> None:
         """Start the plan with mini-batch `number` as its first: at the beginning, and after the data ran out."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
@@ -216,6 +225,7 @@ class TrainingStream:
         with self._timeline.measure(WAIT_ACTIVATION, mini_batch.number):
             record = Record(*self._to.records_in.receive())
             self._require_same_batch(record, mini_batch)
+            self._hand_raised_before |= record.hand_raised
             self.figures.update({stage: StageFigures(*told) for stage, told in record.figures.items()})
             if record.table is not None:
                 self._shapes.learn(mini_batch.signature, record.table)
@@ -237,7 +247,8 @@ class TrainingStream:
         if self._to.records_out is not None:
             known = {**self.figures, self._module.stage: self.books.figures()}
             figures = {stage: tuple(each) for stage, each in known.items()}
-            self._to.records_out.send(tuple(Record(mini_batch.number, mini_batch.fingerprint, table, figures)))
+            record = Record(mini_batch.number, mini_batch.fingerprint, table, self.is_hand_raised(), figures)
+            self._to.records_out.send(tuple(record))
 
     def _through(self, sent: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         outputs = [out for out, crossing in zip(sent, self._passage.sends) if crossing.gradient]

@@ -57,7 +57,7 @@ class Ending:
             self._hook(kind, error, traceback)
 
     def _at_exit(self) -> None:
-        if self._cause is not None:
-            say(self._cause)
         for action in self._actions:
             action()
+        if self._cause is not None:
+            say(self._cause)

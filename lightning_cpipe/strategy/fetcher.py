@@ -104,7 +104,7 @@ class LookaheadFetcher(DataFetcher):
 
     @override
     def __next__(self) -> tuple[Released, int, int]:
-        with self._timeline.measure(DATA, self._count):
+        with self._timeline.measure(DATA, self._queue[0].number if self._queue else self._count):
             self._top_up(self._room)
         if not self._queue:
             self.done = True

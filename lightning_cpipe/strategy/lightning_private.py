@@ -56,6 +56,7 @@ __all__ = [
     "set_received_sigterm",
     "set_sampler_epoch",
     "start_children",
+    "take_over_sigterm",
     "training_arguments",
     "updates_after_this_batch",
 ]
@@ -113,6 +114,22 @@ def learn_metrics(trainer: pl.Trainer, callback: Mapping[str, Tensor], logged: M
     known_callback, known_logged = known_metrics(trainer)
     known_callback.update(callback)
     known_logged.update(logged)
+
+
+def take_over_sigterm(trainer: pl.Trainer, received: Callable[[], None]) -> None:
+    """Call `received` on SIGTERM, and hand the signal on to the processes that this one launched.
+
+    Lightning's own handler broadcasts to all ranks from inside the signal handler, and hangs where a rank waits for a
+    message.
+    """
+
+    def notify(signum: int, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signum)
+        received()
+
+    trainer._signal_connector._sigterm_notifier_fn = notify
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

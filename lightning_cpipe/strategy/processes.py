@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import uuid
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 
 from lightning_cpipe.errors import RankLostError
@@ -14,7 +18,7 @@ from lightning_cpipe.strategy.ending import Ending
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.transport.last_words import LastWords
-from lightning_cpipe.transport.liveness import Watch, sentence_if_killed
+from lightning_cpipe.transport.liveness import GRACE_S, Watch, sentence_if_killed
 from lightning_cpipe.transport.wiring import Lanes, Wiring
 
 START_UP = timedelta(minutes=10)
@@ -50,13 +54,13 @@ class Processes:
         self._watch: Watch | None = None
         self._words: LastWords | None = None
         self._ending = Ending()
+        self._backend = backend or default_backend_for(device)
         if num_stages > 1:
-            backend = backend or default_backend_for(device)
-            init_dist_connection(environment, backend, timeout=START_UP)
+            init_dist_connection(environment, self._backend, timeout=START_UP)
         self.control = Control(num_stages)
         if num_stages > 1:
             ranks = [num_stages - 1 - stage for stage in range(num_stages)]
-            self._wiring = Wiring(ranks, self.stage, device, backend or "gloo")
+            self._wiring = Wiring(ranks, self.stage, device, self._backend)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -96,12 +100,13 @@ class Processes:
         """The lanes to the neighbours."""
         return Lanes({}, {}) if self._wiring is None else self._wiring.lanes(in_flight)
 
-    def fail(self, error: BaseException, where: str) -> None:
+    def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """This rank can't go on: find out, or say, what the first cause was.
 
         Args:
             error: what was raised here.
             where: what this rank was doing.
+            children: the ranks that this one started; it ends after them.
         """
         watch, words = self._watch, self._words
         if watch is None or words is None:
@@ -110,19 +115,39 @@ class Processes:
             cause = watch.explain(error.lost)
         else:
             cause = watch.report(f"{where}: {_in_words(error)}")
-        echo = isinstance(error, RankLostError) and cause.rank != self.rank
-        if echo:
+        echo = cause.rank != self.rank
+        if isinstance(error, RankLostError):
             error.args = (cause.text,)
         watch.stop()
         words.replace(cause.text)
-        speaks = watch.is_spokesman or cause.rank == self.rank == 0
-        self._ending.because(cause if speaks else None, error, echo=echo)
+        self._ending.because(cause if watch.is_spokesman else None, error, echo=echo)
+        for child in children:
+            self._ending.afterwards(partial(_wait_for, child))
         # The words of the rank that failed are for others to read; whoever speaks removes them.
         self._ending.afterwards(watch.clean_up)
         if echo:
-            if not words.for_agent:
+            if not words.is_awaited:
                 self._ending.afterwards(words.forget)
             watch.linger()
+        self._let_go()
+
+
+    def _let_go(self) -> None:
+        """Break the connections, so that ranks which wait for this one learn of it at once.
+
+        On NCCL that could wait for the messages that never come; there, the others' watches end them.
+        """
+        if self._backend == "gloo" and self._wiring is not None:
+            self._wiring.abandon()
+            dist.destroy_process_group()
+
+
+def _wait_for(child: subprocess.Popen[bytes]) -> None:
+    """Wait until a rank that this process started has ended by itself; end it if it does not."""
+    try:
+        child.wait(timeout=2 * GRACE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def _in_words(error: BaseException) -> str:

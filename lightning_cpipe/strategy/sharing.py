@@ -8,6 +8,7 @@ no rank waits for a word that waits for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -56,6 +57,8 @@ class Sharing:
         self._step_is_open = False
         self._said_early = False
         self._heard: _Said | None = None
+        self.hand_raised: Callable[[], bool] = lambda: False
+        """Whether this rank, or one before it, has received a SIGTERM."""
 
     @property
     def leads(self) -> bool:
@@ -123,9 +126,10 @@ class Sharing:
             _numbers(callback),
             _numbers(logged),
             self._trainer.should_stop,
-            self._trainer.received_sigterm,
+            self.hand_raised(),
             more,
         )
+        set_received_sigterm(self._trainer, said.sigterm)
         self._decisions.tell(topic, tuple(said))
 
     def _listen(self, topic: str) -> _Said:

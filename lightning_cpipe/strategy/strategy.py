@@ -58,6 +58,7 @@ from lightning_cpipe.strategy.lightning_private import (
     as_of,
     optimizers_to_device,
     prepare_batch,
+    take_over_sigterm,
     training_arguments,
     updates_after_this_batch,
 )
@@ -169,6 +170,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._run: StageRun | None = None
         self._sharing: Sharing | None = None
         self._streaming = False
+        self._hand_raised = False
         self._evaluations = 0
         self._mark = (-1, 0)
         self._undo: list[Callable[[], None]] = []
@@ -281,6 +283,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         install_loops(model.trainer, self)
+        take_over_sigterm(model.trainer, self._raise_hand)
 
     @override
     def setup_environment(self) -> None:
@@ -331,7 +334,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, AbsentParameter)]
             fetcher = trainer.fit_loop._data_fetcher
             assert fetcher is not None
-            self._run.train(self._schedule, Versions(trained), fetcher, self._run_training_step)
+            training = self._run.train(self._schedule, Versions(trained), fetcher, self._run_training_step)
+            training.hand_raised = lambda: self._hand_raised
+            self._sharing.hand_raised = training.is_hand_raised
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -354,6 +359,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.lightning_module.to(self.root_device)
 
     # ---- what the loops ask ----
+
+    def _raise_hand(self) -> None:
+        """This process received a SIGTERM: tell the last stage, which decides for all when to stop."""
+        self._hand_raised = True
 
     def make_fetcher(self) -> LookaheadFetcher:
         """A fetcher for this stage."""
@@ -637,7 +646,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Agree with the other ranks on the first cause, and say it."""
         if self._processes is not None:
-            self._processes.fail(exception, self._where)
+            children = self._launcher.procs if isinstance(self._launcher, ScriptLauncher) else []
+            self._processes.fail(exception, self._where, children)
 
     @property
     def _where(self) -> str:
@@ -645,8 +655,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.timeline.now_at is None:
             return "during set-up"
         kind, batch = self.timeline.now_at
-        action = f"{self.stage}{_ACTION_OF[kind]}{batch}" if kind in _ACTION_OF else kind
-        return f"at mini-batch {batch}, in {action}"
+        return f"at mini-batch {batch}" + (f", in {self.stage}{_ACTION_OF[kind]}{batch}" if kind in _ACTION_OF else "")
 
     @override
     def teardown(self) -> None:

@@ -35,7 +35,7 @@ class Edge:
     """
 
     def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, in_flight: int = 8) -> None:
-        self._group = group
+        self._group: dist.ProcessGroup | None = group
         self._peer = peer
         self._device = device
         self._in_flight = in_flight
@@ -78,6 +78,12 @@ class Edge:
     def flush(self) -> None:
         """Wait until everything sent has left."""
         self._reap(0)
+
+    def abandon(self) -> None:
+        """Let go of everything, whatever is on its way; the edge is of no use afterwards."""
+        self._group = None
+        self._sent.clear()
+        self._posted.clear()
 
     def _count(self, specs: list[TensorSpec]) -> None:
         self.latest.append((self.messages, specs))

@@ -28,8 +28,9 @@ class LastWords:
 
     def __init__(self, sentence: str, path: Path | None = None) -> None:
         agents_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        self.for_agent = path is None and agents_file is not None
-        """Whether torchrun's agent reads the file."""
+        self._for_agent = path is None and agents_file is not None
+        self.is_awaited = path is not None or self._for_agent
+        """Whether the process that launched this one reads the file at the end, and removes it."""
         self.path = path or Path(agents_file or _temporary_file())
         self._write(sentence.format(batch=_HOLE))
         with self.path.open("r+b") as file:
@@ -55,7 +56,7 @@ class LastWords:
     def _write(self, text: str) -> None:
         # A new file in one move: whoever reads meanwhile sees the old words or the new ones.
         fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        fresh.write_text(_agents_report(text) if self.for_agent else text)
+        fresh.write_text(_agents_report(text) if self._for_agent else text)
         fresh.replace(self.path)
 
     def _close(self) -> None:
@@ -81,5 +82,4 @@ def _temporary_file() -> str:
 
 
 def _agents_report(text: str) -> str:
-    extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
-    return json.dumps({"message": {"message": text, "extraInfo": extra}})
+    return json.dumps({"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}})

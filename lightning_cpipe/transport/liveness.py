@@ -41,20 +41,25 @@ class FirstCause(NamedTuple):
     Attributes:
         rank: that failed first.
         text: one sentence that names stage, rank, mini-batch and error.
+        is_mute: whether that rank can't say it itself.
     """
 
     rank: int
     text: str
+    is_mute: bool = False
 
     @classmethod
-    def of(cls, rank: int, stage: int, story: str) -> FirstCause:
+    def of(cls, rank: int, stage: int, story: str, *, is_mute: bool = False) -> FirstCause:
         """The cause in one sentence."""
-        return cls(rank, f"the pipeline ended because stage {stage} (rank {rank}) failed: {story}")
+        return cls(rank, f"the pipeline ended because stage {stage} (rank {rank}) failed: {story}", is_mute)
+
+
+GONE = "its process is gone (killed?)"
 
 
 def sentence_if_killed(rank: int, stage: int) -> str:
     """The last words of a rank that could not say any."""
-    return FirstCause.of(rank, stage, "its process is gone (killed?); it was at mini-batch {batch}").text
+    return FirstCause.of(rank, stage, f"{GONE}; it was at mini-batch {{batch}}").text
 
 
 class Watch:
@@ -79,6 +84,7 @@ class Watch:
         self._cause: FirstCause | None = None
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._words_of: dict[int, str] = {}
+        self._pids: dict[int, int] = {}
         # A connection of its own: the main thread may hold the other one, waiting.
         self._store = dist.PrefixStore(
             f"lightning_cpipe/{run}",
@@ -89,19 +95,21 @@ class Watch:
                 timeout=timedelta(seconds=silence_s),
             ),
         )
-        self._store.set(f"words/{rank}", json.dumps([socket.gethostname(), str(words.path)]))
+        self._store.set(f"place/{rank}", json.dumps([_machine(), os.getpid(), str(words.path)]))
         self._thread = threading.Thread(target=self._run, name="lightning_cpipe-watch", daemon=True)
 
     @property
     def is_spokesman(self) -> bool:
-        """Whether this rank is the one to print the first cause: rank 0, or rank 1 if rank 0 is what failed."""
-        return self._cause is not None and self._rank == (1 if self._cause.rank == 0 else 0)
+        """Whether this rank is the one to print the first cause: rank 0, or rank 1 if rank 0 can't."""
+        cause = self._cause
+        return cause is not None and self._rank == (1 if cause.rank == 0 and cause.is_mute else 0)
 
     def start(self) -> None:
         """Begin; all ranks are there by now."""
         for rank in range(len(self._stages)):
-            host, path = json.loads(self._store.get(f"words/{rank}"))
-            if host == socket.gethostname():
+            machine, pid, path = json.loads(self._store.get(f"place/{rank}"))
+            if machine == _machine():
+                self._pids[rank] = pid
                 self._words_of[rank] = path
         self._thread.start()
 
@@ -149,8 +157,9 @@ class Watch:
         with self._lock:
             if self._cause is not None:
                 return
-            if os.getppid() != self._parent:
-                self._cause = FirstCause.of(self._rank, self._stages[self._rank], "the process that launched it is gone")
+            if not _is_there(self._pids.get(0)):
+                # It may hold the store; asking there would fail, and torch would complain at length.
+                self._cause = self._gone(0)
                 return
             try:
                 self._store.set(f"beat/{self._rank}", repr(time.time()))
@@ -162,9 +171,13 @@ class Watch:
                 # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
                 self._cause = None if self._stopping.is_set() else self._gone(0)
                 return
+            if os.getppid() != self._parent:
+                story = "the process that launched it is gone"
+                self._cause = FirstCause.of(self._rank, self._stages[self._rank], story)
+                return
         if silent is not None:
             story = f"it was silent for {self._silence_s:g} s"
-            self._agree(FirstCause.of(silent, self._stages[silent], story))
+            self._agree(FirstCause.of(silent, self._stages[silent], story, is_mute=True))
 
     def _silent(self) -> int | None:
         """A rank whose beat has not changed for too long."""
@@ -180,8 +193,8 @@ class Watch:
     def _gone(self, rank: int) -> FirstCause:
         words = read_last_words(self._words_of[rank]) if rank in self._words_of else None
         if words is not None:
-            return FirstCause(rank, words)
-        return FirstCause.of(rank, self._stages[rank], "its process is gone (killed?)")
+            return FirstCause(rank, words, is_mute=GONE in words)
+        return FirstCause.of(rank, self._stages[rank], GONE, is_mute=True)
 
     def _agree(self, cause: FirstCause) -> FirstCause:
         """What is said first counts."""
@@ -201,16 +214,40 @@ class Watch:
         if self.is_spokesman:
             say(self._cause)
         self.clean_up()
-        if self._cause.rank != self._rank and not self._words.for_agent:
+        if self._cause.rank != self._rank and not self._words.is_awaited:
             self._words.forget()
         os._exit(1)
 
     def clean_up(self) -> None:
-        """As the spokesman, remove the words of the rank that failed, once they have been read."""
-        if self._cause is not None and self.is_spokesman and not self._words.for_agent:
-            path = self._words_of.get(self._cause.rank)
-            if path is not None:
-                Path(path).unlink(missing_ok=True)
+        """Remove the words of the rank that failed, once they have been read: rank 0 does it, or rank 1 for rank 0."""
+        if self._cause is None or self._words.is_awaited or self._rank != (1 if self._cause.rank == 0 else 0):
+            return
+        path = self._words_of.get(self._cause.rank)
+        if path is not None:
+            Path(path).unlink(missing_ok=True)
+
+
+def _machine() -> list[str]:
+    """What two processes share if they see each other's process ids and files."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return [socket.gethostname(), namespace]
+
+
+def _is_there(pid: int | None) -> bool:
+    """Whether a process of this machine lives; True if it is of another machine."""
+    if pid is None:
+        return True
+    try:
+        os.kill(pid, 0)
+        # A process that is dead and not yet collected by its parent still answers to its number.
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
 
 
 def say(cause: FirstCause) -> None:

@@ -80,7 +80,14 @@ class Wiring:
                 )
                 if stage in (upper, upper + 1):
                     self._groups[upper, lane] = group
+        self._handed_out: list[Edge] = []
         self._warm_up()
+
+    def abandon(self) -> None:
+        """Break the connections, whatever is on its way: ranks that wait for this one learn of it at once."""
+        for edge in self._handed_out:
+            edge.abandon()
+        self._groups.clear()
 
     def lanes(self, in_flight: int) -> Lanes:
         """Fresh ends for one run; nothing may be on its way on the old ones.
@@ -88,6 +95,7 @@ class Wiring:
         Args:
             in_flight: how many messages may be on their way on each.
         """
+        self._handed_out.clear()
         incoming: dict[Lane, Edge] = {}
         outgoing: dict[Lane, Edge] = {}
         for lane in (*DOWN, *UP):
@@ -102,7 +110,9 @@ class Wiring:
         on_cpu = lane in ON_CPU
         cls = NcclEdge if self._backend == "nccl" and not on_cpu else Edge
         device = torch.device("cpu") if on_cpu else self._device
-        return cls(self._groups[upper, lane], peer, device, in_flight)
+        edge = cls(self._groups[upper, lane], peer, device, in_flight)
+        self._handed_out.append(edge)
+        return edge
 
     def _warm_up(self) -> None:
         """One message on each lane, in an order that is the same everywhere.
