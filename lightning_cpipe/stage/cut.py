@@ -93,6 +93,7 @@ class Cut:
         stand_ins: for each stage, the parameters of other stages that code between modules touches there without any
             effect on what the stage makes. Their first values stay.
         draws: the modules that draw random numbers and may be stubs.
+        forward_flops: floating-point operations of the first step's forward, on the first batch, all stages together.
     """
 
     starts: tuple[str, ...]
@@ -102,6 +103,7 @@ class Cut:
     buffer_homes: dict[str, int] = field(default_factory=dict)
     stand_ins: tuple[frozenset[str], ...] = ()
     draws: frozenset[str] = frozenset()
+    forward_flops: int = 0
 
     @property
     def num_stages(self) -> int:

@@ -82,6 +82,7 @@ def probe(
         buffer_homes=homes.buffers(),
         stand_ins=tuple(homes.stand_ins(stage) for stage in range(len(starts) + 1)),
         draws=draws,
+        forward_flops=survey.forward_flops,
     )
 
 

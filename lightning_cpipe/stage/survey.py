@@ -22,6 +22,7 @@ class Survey:
         calls: how often each module was called.
         blocks: the places where a stage may begin: the blocks that were called once, in the order of their calls.
         repeated: places that would do, but were called more than once.
+        forward_flops: floating-point operations of the whole step's forward.
         costs: of each block, in floating-point operations of a forward, up to where the next one begins. What comes
             before the first block counts to the first. Weights count once more, for their update.
     """
@@ -29,6 +30,7 @@ class Survey:
     calls: Counter[str]
     blocks: tuple[str, ...]
     repeated: tuple[str, ...]
+    forward_flops: int
     costs: tuple[float, ...]
 
     def watched(self, root: nn.Module) -> list[str]:
@@ -70,4 +72,4 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
     weights = [sum(parameter.numel() for parameter in root.get_submodule(name).parameters()) for name, _ in once]
     costs = (float(end - start + weight) for start, end, weight in zip(starts, ends, weights))
     repeated = sorted({name for name, _ in begun if calls[name] > 1})
-    return Survey(calls, tuple(name for name, _ in once), tuple(repeated), tuple(costs))
+    return Survey(calls, tuple(name for name, _ in once), tuple(repeated), total, tuple(costs))

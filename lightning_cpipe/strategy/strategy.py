@@ -327,7 +327,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         in_flight = self._schedule.lag(self.stage, self.num_stages) + POSTED_AHEAD + 4
         self._run = StageRun(stage_module, self._processes.lanes(in_flight), self.timeline)
         self._sharing = Sharing(trainer, self._run.decisions)
-        self._undo += _metrics_of_their_own(module)
+        self._undo += _metrics_of_their_own(trainer, module)
         if self.num_stages > 1:
             self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
@@ -628,6 +628,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
         training = self.run.training
         return {} if training is None else {**training.figures, self.stage: training.books.figures()}
 
+    def promised_delay(self, stage: int) -> int:
+        """How many updates old a stage's gradient is in the steady state, by the plan."""
+        assert self.lightning_module is not None
+        accumulate = self.lightning_module.trainer.accumulate_grad_batches
+        lag = self._schedule.lag(stage, self.num_stages)
+        return -(-lag // accumulate)
+
+    @property
+    def forward_flops(self) -> int:
+        """Floating-point operations of one forward of the first batch, all stages together, as counted at set-up."""
+        return self.run.module.cut.forward_flops
+
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
         assert self._processes is not None and self.run.training is not None
@@ -720,13 +732,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 )
 
 
-def _metrics_of_their_own(module: pl.LightningModule) -> list[Callable[[], None]]:
+def _metrics_of_their_own(trainer: pl.Trainer, module: pl.LightningModule) -> list[Callable[[], None]]:
     """A torchmetrics metric computes over all ranks by default, but only the last stage calls it."""
-    undo: list[Callable[[], None]] = []
-    for metric in module.modules():
-        if isinstance(metric, Metric):
-            undo.append(_set(metric, "distributed_available_fn", lambda: False))
-    return undo
+    of_callbacks = [value for each in trainer.callbacks for value in vars(each).values() if isinstance(value, Metric)]
+    metrics = [*of_callbacks, *(each for each in module.modules() if isinstance(each, Metric))]
+    return [_set(metric, "distributed_available_fn", lambda: False) for metric in metrics]
 
 
 def _set(owner: Any, name: str, value: Any) -> Callable[[], None]:

@@ -1,0 +1,103 @@
+"""Measures how much a run gets done per second."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import Throughput, get_available_flops
+from lightning.pytorch.utilities.data import extract_batch_size
+from typing_extensions import override
+
+from lightning_cpipe.callbacks.loggers import declare, log_numbers
+from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
+from lightning_cpipe.tree import tensors_in
+
+_NAMES = {
+    "device/batches_per_sec": "throughput/batches_per_s",
+    "device/samples_per_sec": "throughput/samples_per_s",
+    "device/items_per_sec": "throughput/tokens_per_s",
+    "device/flops_per_sec": "throughput/flops_per_s",
+    "device/mfu": "throughput/mfu",
+}
+"""Lightning's name for one device's rate -> ours. The whole pipeline counts as one device: all its stages work on the
+same mini-batches, and Lightning's own callback, which multiplies by the number of ranks, would count each p times."""
+
+
+class ThroughputMonitor(pl.Callback):
+    """Logs ``throughput/batches_per_s`` and ``samples_per_s``; ``tokens_per_s`` if the batch has tokens (a tensor of
+    integers with at least two dimensions); ``flops_per_s`` where the operations were counted at set-up, and ``mfu``
+    where the peak of the hardware is known. Rates are means over a rolling window and leave out the fill and
+    evaluations. Works with any strategy that runs on one pipeline or one device.
+
+    Args:
+        window_size: mini-batches in the window.
+        every_n_steps: how often to log; None for the trainer's own ``log_every_n_steps``.
+    """
+
+    def __init__(self, window_size: int = 20, every_n_steps: int | None = None) -> None:
+        self._window_size = window_size
+        self._every_n_steps = every_n_steps
+        self._throughput = Throughput(window_size=window_size)
+        self._batches = self._samples = self._tokens = 0
+        self._start = self._paused_at = 0.0
+        self._flops: int | None = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = self._samples = self._tokens = 0
+        self._start = time.perf_counter()
+        strategy = trainer.strategy
+        device = strategy.root_device
+        stages = 1
+        if isinstance(strategy, ContinuousPipeStrategy):
+            stages = strategy.num_stages
+            # A backward costs about twice a forward: the gradients of the input and of the weights.
+            self._flops = 3 * strategy.forward_flops or None
+        dtype = next((p.dtype for p in pl_module.parameters()), torch.float32)
+        peak = get_available_flops(device, dtype) if device.type == "cuda" else None
+        self._throughput = Throughput(
+            available_flops=None if peak is None else stages * peak, window_size=self._window_size
+        )
+        if trainer.is_global_zero:
+            declare(trainer, _NAMES.values(), summary="mean")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._batches += 1
+        self._samples += extract_batch_size(batch)
+        tokens = _tokens_in(batch)
+        self._tokens += tokens or 0
+        self._throughput.update(
+            time=time.perf_counter() - self._start,
+            batches=self._batches,
+            samples=self._samples,
+            lengths=self._tokens if tokens is not None else None,
+            flops=self._flops,
+        )
+        every = self._every_n_steps or trainer.log_every_n_steps
+        if every and self._batches % every == 0:
+            found = self._throughput.compute()
+            log_numbers(trainer, {ours: found[theirs] for theirs, ours in _NAMES.items() if theirs in found})
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._paused_at = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start += time.perf_counter() - self._paused_at
+
+
+def _tokens_in(batch: Any) -> int | None:
+    """How many tokens a batch holds: the elements of its first tensor of integers that is no list of labels."""
+    for tensor in tensors_in(batch):
+        if tensor.ndim >= 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            return tensor.numel()
+    return None
