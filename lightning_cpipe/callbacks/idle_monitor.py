@@ -90,9 +90,7 @@ class IdleMonitor(pl.Callback):
         self._last = {}
         numbers = self._numbers(strategy, figures, drained=True)
         log_numbers(trainer, numbers)
-        log_table(
-            trainer, "pipe/timeline", ("stage", "kind", "mini_batch", "start_ms", "end_ms"), timeline_rows(spans)
-        )
+        log_table(trainer, "pipe/timeline", ("stage", "kind", "mini_batch", "start_ms", "end_ms"), timeline_rows(spans))
         if self._picture and not trainer.fast_dev_run and all(each.backwards for each in figures.values()):
             path = folder_of(trainer) / "pipeline.png"
             draw_gantt(spans, path, self._title(strategy, numbers))

@@ -10,13 +10,13 @@ from typing_extensions import override
 
 from lightning_cpipe import IdleMonitor, register
 
+
 class PipelineCLI(LightningCLI):
     """LightningCLI; ``--trainer.strategy.num_stages=4`` works without naming the strategy's class."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.strategy": {"class_path": "lightning_cpipe.ContinuousPipeStrategy"}})
-
 
     @override
     def after_fit(self) -> None:
@@ -26,9 +26,15 @@ class PipelineCLI(LightningCLI):
         lines = [f"logs        {logger.log_dir or logger.save_dir}" for logger in self.trainer.loggers]
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            score = "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} {checkpoint.best_model_score:.4f})"
+            score = (
+                ""
+                if checkpoint.best_model_score is None
+                else f" ({checkpoint.monitor} {checkpoint.best_model_score:.4f})"
+            )
             lines.append(f"checkpoint  {checkpoint.best_model_path}{score}")
-        lines += [f"picture     {each.path}" for each in self.trainer.callbacks if isinstance(each, IdleMonitor) and each.path]
+        lines += [
+            f"picture     {each.path}" for each in self.trainer.callbacks if isinstance(each, IdleMonitor) and each.path
+        ]
         print("\n".join(["", *lines]))
 
 

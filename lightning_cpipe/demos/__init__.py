@@ -1,5 +1,5 @@
 """Ordinary Lightning modules and data for the recipes; they know nothing of pipelines.
 
-    digits     classify scikit-learn's digits with a residual MLP
-    char_gpt   a small GPT that predicts the next character of English text
+digits     classify scikit-learn's digits with a residual MLP
+char_gpt   a small GPT that predicts the next character of English text
 """

@@ -186,9 +186,7 @@ class TrainingStream:
     def _begin_at(self, number: int) -> None:
         """Start the plan with mini-batch `number` as its first: at the beginning, and after the data ran out."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
-        self._rows: Iterator[Row] = self._schedule.rows(
-            self._module.stage, self._module.num_stages, sys.maxsize // 2
-        )
+        self._rows: Iterator[Row] = self._schedule.rows(self._module.stage, self._module.num_stages, sys.maxsize // 2)
         self._first = number
         self._ran_dry = False
 

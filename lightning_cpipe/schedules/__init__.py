@@ -1,14 +1,14 @@
 """Schedules as data: who does what, when. Nothing in this folder knows torch or Lightning.
 
-    action       the alphabet, and its text form
-    plan         the rows of all stages
-    schedule     what every schedule says of itself
-    continuous   the schedule of this package
-    flushed      GPipe and 1F1B, to compare with
-    transfers    adds sends and receives to a plan
-    check        lists every fault of a plan
-    clock        gives every action its slot
-    table        a plan as text, Markdown, JSON or SVG
+action       the alphabet, and its text form
+plan         the rows of all stages
+schedule     what every schedule says of itself
+continuous   the schedule of this package
+flushed      GPipe and 1F1B, to compare with
+transfers    adds sends and receives to a plan
+check        lists every fault of a plan
+clock        gives every action its slot
+table        a plan as text, Markdown, JSON or SVG
 """
 
 from __future__ import annotations

@@ -153,9 +153,7 @@ def _numbered(plan: Plan, stage: int) -> Iterator[tuple[int, Action]]:
             yield number, action
 
 
-def _may_run(
-    action: Action, done: set[Action], arrivals: dict[tuple[Kind, int], deque[int]], sends_wait: bool
-) -> bool:
+def _may_run(action: Action, done: set[Action], arrivals: dict[tuple[Kind, int], deque[int]], sends_wait: bool) -> bool:
     stage = action.stage
     assert stage is not None
     if action.kind in _NEEDS:

@@ -70,6 +70,7 @@ class StepCut:
         passages: each stage's part, in order.
         signature: of the batch that the probe ran.
         templates: of every stub, for batches of that signature.
+        draws: whether the step draws random numbers.
         leaves_behind: whether the last stage's part leaves something on the root module or in a metric (such as a
             list of outputs) that the other stages' parts do not.
     """
@@ -77,6 +78,7 @@ class StepCut:
     passages: tuple[Passage, ...]
     signature: Signature
     templates: TemplateTable
+    draws: bool = True
     leaves_behind: bool = False
 
 

@@ -23,9 +23,7 @@ class Homes:
         trains: whether anything is trained; if not, weights never change and may lie on several stages.
     """
 
-    def __init__(
-        self, root: nn.Module, num_stages: int, called_on: dict[str, tuple[int, ...]], trains: bool
-    ) -> None:
+    def __init__(self, root: nn.Module, num_stages: int, called_on: dict[str, tuple[int, ...]], trains: bool) -> None:
         self._root = root
         self._called_on = called_on
         self._last = num_stages - 1

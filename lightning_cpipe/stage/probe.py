@@ -30,9 +30,9 @@ from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.step import Observed, RecordedStep, Step
 from lightning_cpipe.stage.survey import Survey
 from lightning_cpipe.stage.trial import NOTHING, Trial, close
-from lightning_cpipe.tree import TemplateTable, flatten
 from lightning_cpipe.stage.uncut import compare_with_uncut, require_same_as_uncut
 from lightning_cpipe.stage.untouched import Place
+from lightning_cpipe.tree import TemplateTable, flatten
 
 Check = Literal["auto", "full", "fills"]
 
@@ -55,7 +55,7 @@ def probe(
     """
     watched = survey.watched(root)
     recorded = [RecordedStep(root, step, watched) for step in steps]
-    draws = frozenset(name for each in recorded for name in each.draws)
+    draws = frozenset(name for each in recorded for name in each.drawing_modules)
     writes_buffers = {name for each in recorded for name in each.writes_buffers}
     trains = any(step.trains for step in steps)
     owners = [name for name in watched if _owns_weights(root, name) or _around_any(name, writes_buffers)]
@@ -163,9 +163,7 @@ class _Cutter:
 
     def compare_all(self) -> None:
         """Compare the stages with the uncut module, gradients included."""
-        difference = compare_with_uncut(
-            self._root, self._recorded.step, self._passages, self._templates, self._device
-        )
+        difference = compare_with_uncut(self._root, self._recorded.step, self._passages, self._templates, self._device)
         require_same_as_uncut(difference, self._starts, self.name, self._suspects())
 
     def cut(self) -> StepCut:
@@ -173,7 +171,11 @@ class _Cutter:
         on_last, *elsewhere = self._left
         leaves_behind = any(not on_last <= places for places in elsewhere)
         return StepCut(
-            tuple(self._passages), self._recorded.step.signature, self._templates, leaves_behind
+            tuple(self._passages),
+            self._recorded.step.signature,
+            self._templates,
+            draws=self._recorded.draws or bool(self._recorded.drawing_modules),
+            leaves_behind=leaves_behind,
         )
 
     @contextmanager

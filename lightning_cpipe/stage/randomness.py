@@ -9,6 +9,7 @@ and dropout does not depend on the cuts.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,11 @@ def set_state(state: GeneratorState) -> None:
     set_torch_state(of_torch)
     np.random.set_state(of_numpy)
     random.setstate(of_python)
+
+
+def same_state(a: GeneratorState, b: GeneratorState) -> bool:
+    """Whether nothing was drawn between two states."""
+    return pickle.dumps(a) == pickle.dumps(b)
 
 
 @contextmanager
@@ -89,26 +95,67 @@ def seed_torch(seed: int) -> None:
         generator.manual_seed(seed)
 
 
+class SeededScope:
+    """`seeded`, cheap enough for every step: 20 us instead of 90.
+
+    NumPy's global generator is not read and written, which takes 50 us, but replaced for a while by one of the
+    scope's own. What NumPy loses by that is the second of a pair of normal numbers, if one was left over.
+    """
+
+    def __init__(self) -> None:
+        self._spare = [np.random.MT19937(0)]
+
+    @contextmanager
+    def __call__(self, seed: int) -> Iterator[None]:
+        """Draw from `seed` inside; outside, nothing was drawn. Scopes may be nested."""
+        numpy = self._spare.pop() if self._spare else np.random.MT19937(0)
+        with _in_place_of_global(numpy):
+            seed_torch(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+            random.seed(seed)
+            yield
+        self._spare.append(numpy)
+
+
 class Stream:
-    """A state of its own that lives on between uses: what one rank draws from it, every rank draws.
+    """Generators that live on between uses: what one rank draws from them, every rank draws.
 
     Loaders are iterated in one, so that all ranks see the same shuffles and augmentations, whatever else each of
     them draws.
+
+    Args:
+        state: the first one.
     """
 
     def __init__(self, state: GeneratorState) -> None:
-        self._state = state
+        self._torch, numpy, self._python = state
+        self._numpy = np.random.MT19937(0)
+        self._numpy.state = numpy
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Draw from the stream inside."""
-        outer = get_state()
-        set_state(self._state)
-        try:
-            yield
-        finally:
-            self._state = get_state()
-            set_state(outer)
+        with _in_place_of_global(self._numpy):
+            set_torch_state(self._torch)
+            random.setstate(self._python)
+            try:
+                yield
+            finally:
+                self._torch, self._python = get_torch_state(), random.getstate()
+
+
+@contextmanager
+def _in_place_of_global(numpy: np.random.MT19937) -> Iterator[None]:
+    """NumPy's global generator is `numpy` inside; all generators are put back afterwards."""
+    outer = np.random.get_bit_generator()
+    of_torch, of_python = get_torch_state(), random.getstate()
+    np.random.set_bit_generator(numpy)
+    try:
+        yield
+    finally:
+        np.random.set_bit_generator(outer)
+        set_torch_state(of_torch)
+        random.setstate(of_python)
 
 
 def _cuda_generators() -> Sequence[torch.Generator]:

@@ -153,9 +153,7 @@ class Replay:
 class _Run:
     """What is known while a step is replayed."""
 
-    def __init__(
-        self, passage: Passage, received: Sequence[Tensor], templates: TemplateTable, describe: bool
-    ) -> None:
+    def __init__(self, passage: Passage, received: Sequence[Tensor], templates: TemplateTable, describe: bool) -> None:
         self.passage = passage
         self.described: TemplateTable = {}
         self._describe = describe
@@ -224,7 +222,9 @@ class _Stub:
 
     def __init__(self, module: nn.Module, name: str, replay: Replay) -> None:
         self._module = module
-        self._saved = {key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__}
+        self._saved = {
+            key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__
+        }
         real = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.stage.randomness import seeded
+from lightning_cpipe.stage.randomness import SeededScope
 from lightning_cpipe.stage.replay import Replay, Replayed
 from lightning_cpipe.tree import TemplateTable
 
@@ -33,6 +33,7 @@ class StageModule:
         later = {stub for step in cut.steps.values() for p in step.passages[stage + 1 :] for stub in p.stubs}
         self._replay = Replay(root, passages, device, later)
         self._isolation = Isolation(root, cut.draws)
+        self._scope = SeededScope()
 
     @property
     def num_stages(self) -> int:
@@ -55,7 +56,9 @@ class StageModule:
         describe: bool = False,
     ) -> Replayed:
         """Run this stage's part of a step; see `Replay.run`. All its random numbers follow from `seed`."""
-        with seeded(seed), self._isolation.of(seed):
+        # With one stage there is nothing to agree on; a step without randomness runs as it does without a pipeline.
+        scope = self._scope(seed) if self.num_stages > 1 or self.cut.steps[name].draws else nullcontext()
+        with scope, self._isolation.of(seed):
             return self._replay.run(name, step, received, table, describe=describe)
 
     @contextmanager

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.stage.isolation import Isolation
+from lightning_cpipe.stage.randomness import get_state, same_state, seeded
 from lightning_cpipe.stage.recording import Recording, record
-from lightning_cpipe.tree import Signature
 from lightning_cpipe.stage.untouched import Place, untouched
+from lightning_cpipe.tree import Signature
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Step:
 
     Attributes:
         name: ``training_step``, …
-        call: runs it on the first batch, from the same random state each time.
+        call: runs it on the first batch.
         trains: whether gradients are wanted.
-        seed: what its modules' random numbers follow from.
+        seed: what its random numbers follow from.
         signature: of its batch.
     """
 
@@ -48,9 +49,16 @@ class Step:
     signature: Signature
 
     def run(self) -> Observed:
-        """Call it, with a graph only if it trains."""
-        with torch.set_grad_enabled(self.trains):
+        """Call it, from the same random state each time, and with a graph only if it trains."""
+        with seeded(self.seed), torch.set_grad_enabled(self.trains):
             return self.call()
+
+    def draws(self) -> bool:
+        """Whether it draws any random number outside of modules that have their own; runs it to see."""
+        with seeded(self.seed), torch.set_grad_enabled(self.trains):
+            before = get_state()
+            self.call()
+            return not same_state(before, get_state())
 
 
 class RecordedStep:
@@ -61,6 +69,7 @@ class RecordedStep:
         recording: the calls of the watched modules.
         observed: what the step gave.
         changes: the attributes and buffers that it changed.
+        draws: whether it draws random numbers outside of the watched modules.
     """
 
     def __init__(self, root: nn.Module, step: Step, watched: Sequence[str]) -> None:
@@ -71,13 +80,15 @@ class RecordedStep:
             with untouched(root) as before, isolation.of(step.seed):
                 recording, observed = record(root, step.run, watched)
                 self.changes: list[Place] = list(before.changes())
+            with untouched(root), isolation.of(step.seed):
+                self.draws = step.draws()
         finally:
             isolation.remove()
         self.recording: Recording = recording
         self.observed: Observed = observed
 
     @cached_property
-    def draws(self) -> set[str]:
+    def drawing_modules(self) -> set[str]:
         """The modules that drew random numbers."""
         return {call.module for call in self.recording.calls if call.drew}
 

@@ -15,8 +15,8 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
 from lightning_cpipe.stage.step import Observed, RecordedStep
-from lightning_cpipe.tree import TemplateTable, flatten, same_bits, tensors_in
 from lightning_cpipe.stage.untouched import Place, Snapshot, untouched
+from lightning_cpipe.tree import TemplateTable, flatten, same_bits, tensors_in
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,7 @@ class Trial:
         """Those of `candidates` that the results depend on in any way."""
         return self._culprits(list(candidates), self._baseline())
 
-    def _replayed(
-        self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None
-    ) -> Any:
+    def _replayed(self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None) -> Any:
         """One replay: what it returned or sent."""
         with watch or nullcontext():
             made = self._replay.run(self._step.name, self._step.run, list(received.values()), self._templates)

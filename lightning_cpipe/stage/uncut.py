@@ -12,9 +12,9 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Passage
 from lightning_cpipe.stage.replay import Replay, Replayed
 from lightning_cpipe.stage.step import Observed, Step
-from lightning_cpipe.tree import TemplateTable, flatten
 from lightning_cpipe.stage.trial import close
 from lightning_cpipe.stage.untouched import untouched
+from lightning_cpipe.tree import TemplateTable, flatten
 
 
 def compare_with_uncut(
@@ -128,9 +128,7 @@ def _one(loss: Tensor | None) -> Tensor | None:
 def _gradients(
     outputs: Sequence[Tensor | None], arriving: Sequence[Tensor | None], inputs: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    pairs = [
-        (out, g) for out, g in zip(outputs, arriving) if out is not None and out.requires_grad and g is not None
-    ]
+    pairs = [(out, g) for out, g in zip(outputs, arriving) if out is not None and out.requires_grad and g is not None]
     if not pairs or not inputs:
         return [None] * len(inputs)
     return list(torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))

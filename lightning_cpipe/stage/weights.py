@@ -41,10 +41,13 @@ def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
 
 
 def held_by(root: nn.Module, cut: Cut, stage: int) -> dict[str, Tensor]:
-    """The parameters and buffers whose true numbers are on this stage; of those on several, the first has them."""
+    """Copies on the CPU of what has its true numbers on this stage; of what lies on several, the first has them.
+
+    Copies, because a parameter is a view into a buffer that holds all of them, and is pickled with the whole of it.
+    """
     parameters = {name: p for name, p in root.named_parameters() if cut.homes[name][0] == stage}
     buffers = {name: b for name, b in root.named_buffers() if cut.buffer_homes.get(name) == stage}
-    return {**parameters, **buffers}
+    return {name: t.detach().to("cpu", copy=True) for name, t in {**parameters, **buffers}.items()}
 
 
 def _replace(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

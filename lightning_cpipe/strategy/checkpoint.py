@@ -101,7 +101,9 @@ def own_state_dict(state_dict: State, module: nn.Module, cut: Cut, stage: int, s
             f"Error(s) in loading state_dict for {type(module).__name__}: missing keys: {missing}; unexpected keys:"
             f" {unexpected}."
         )
-    return {key: value for key, value in state_dict.items() if key in expected and stage in cut.homes.get(key, (stage,))}
+    return {
+        key: value for key, value in state_dict.items() if key in expected and stage in cut.homes.get(key, (stage,))
+    }
 
 
 def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, names: Mapping[int, str]) -> State:

@@ -14,8 +14,8 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.probe import Check
 from lightning_cpipe.stage.step import Step
 from lightning_cpipe.stage.weights import make_room
-from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
+from lightning_cpipe.strategy.processes import Processes
 
 
 def agree_on_cut(

@@ -46,9 +46,7 @@ class Ending:
         """Do this when the process ends."""
         self._actions.append(action)
 
-    def _quiet(
-        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> None:
+    def _quiet(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         if error is self._echo:
             log.debug("this rank ended because another one failed", exc_info=(kind, error, traceback))
         else:

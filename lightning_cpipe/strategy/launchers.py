@@ -87,7 +87,6 @@ class ProcessLauncher(MultiProcessingLauncher):
             finally:
                 strategy.words_folder = None
 
-
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
         # Lightning tells the strategy of an exception in the main process only, which knows nothing of the pipeline.

@@ -30,6 +30,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "combined_loader_of",
     "default_backend_for",
     "evaluation_arguments",
+    "has_transfer_hooks",
     "init_dist_connection",
     "instead_of",
     "known_metrics",
@@ -96,6 +98,13 @@ def prepare_batch(module: pl.LightningModule, batch: Any, device: torch.device) 
     batch = module.trainer.precision_plugin.convert_input(batch)
     batch = type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
     return module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def has_transfer_hooks(trainer: pl.Trainer) -> bool:
+    """Whether the module or the data module changes batches on their way to the device."""
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    owners = (trainer.lightning_module, trainer.datamodule)
+    return any(is_overridden(hook, owner) for hook in hooks for owner in owners if owner is not None)
 
 
 def updates_after_this_batch(trainer: pl.Trainer) -> bool:

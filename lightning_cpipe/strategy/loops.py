@@ -7,7 +7,6 @@ attributes, so that checkpoints are interchangeable with those of any other stra
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -241,5 +240,3 @@ def install_loops(trainer: pl.Trainer, pipeline: Pipeline) -> None:
         trainer.predict_loop,
     ):
         loop.pipeline = pipeline
-
-

@@ -15,7 +15,7 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.balance import balanced_starts
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.probe import Check, probe
-from lightning_cpipe.stage.randomness import derived_seed, seeded, unchanged
+from lightning_cpipe.stage.randomness import derived_seed, unchanged
 from lightning_cpipe.stage.step import Observed, Step
 from lightning_cpipe.stage.survey import Survey, survey
 from lightning_cpipe.stage.untouched import untouched
@@ -84,9 +84,7 @@ def find_cut(
     return probe(module, steps, seen, starts, device, check)
 
 
-def _starts(
-    module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]
-) -> list[str]:
+def _starts(module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]) -> list[str]:
     if isinstance(split_points, str):
         if len(seen.blocks) < num_stages:
             raise CutError(
@@ -118,7 +116,7 @@ def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], see
 
     def call() -> Observed:
         logged: dict[str, Any] = {}
-        with _unheard(module, logged), seeded(seed), context():
+        with _unheard(module, logged), context():
             if not trains:
                 module.eval()
             returned = getattr(module, name)(*arguments)

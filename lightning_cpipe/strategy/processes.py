@@ -131,7 +131,6 @@ class Processes:
             watch.linger()
         self._let_go()
 
-
     def _let_go(self) -> None:
         """Break the connections, so that ranks which wait for this one learn of it at once.
 

@@ -106,4 +106,6 @@ def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[s
 def clips_by_norm(trainer: pl.Trainer) -> bool:
     """Whether gradients are clipped by norm."""
     algorithm = trainer.gradient_clip_algorithm
-    return bool(trainer.gradient_clip_val) and (algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm")
+    return bool(trainer.gradient_clip_val) and (
+        algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm"
+    )

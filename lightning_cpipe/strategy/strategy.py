@@ -56,6 +56,7 @@ from lightning_cpipe.strategy.hooks import arrange_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
 from lightning_cpipe.strategy.lightning_private import (
     as_of,
+    has_transfer_hooks,
     optimizers_to_device,
     prepare_batch,
     take_over_sigterm,
@@ -171,6 +172,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._sharing: Sharing | None = None
         self._streaming = False
         self._hand_raised = False
+        self._takes_batch_idx = self._transfers_its_own_way = True
         self._evaluations = 0
         self._mark = (-1, 0)
         self._undo: list[Callable[[], None]] = []
@@ -312,9 +314,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._stream = Stream(get_state())
         self._whole_optimizer_states = None
         self.precision_plugin.convert_module(module)
-        cut = agree_on_cut(
-            trainer, self._processes, self._split_points, self._check, self.root_device, self._seed
-        )
+        cut = agree_on_cut(trainer, self._processes, self._split_points, self._check, self.root_device, self._seed)
         if fitting:
             self.setup_optimizers(trainer)
         keep_only(module, cut, self.stage)
@@ -331,6 +331,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.num_stages > 1:
             self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
+            self._takes_batch_idx = len(training_arguments(trainer, None, 0)) > 1
+            self._transfers_its_own_way = has_transfer_hooks(trainer)
             trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, AbsentParameter)]
             fetcher = trainer.fit_loop._data_fetcher
             assert fetcher is not None
@@ -469,7 +471,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         assert isinstance(mini_batch, Drawn) and self.lightning_module is not None
         module = self.lightning_module
         trainer = module.trainer
-        arguments = training_arguments(trainer, self._prepared(mini_batch), mini_batch.index)
+        batch = self._prepared(mini_batch)
+        arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
         place = trainer.fit_loop.epoch_loop.as_of
         place.global_step = mini_batch.global_step
         try:
@@ -482,14 +485,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """The mini-batch as the step gets it; prepared once."""
         assert self.lightning_module is not None
         if not drawn.prepared:
-            with seeded(derived_seed(drawn.seed, "transfer")):
+            own = seeded(derived_seed(drawn.seed, "transfer")) if self._transfers_its_own_way else nullcontext()
+            with own:
                 drawn.prepared.append(prepare_batch(self.lightning_module, drawn.batch, self.root_device))
         return drawn.prepared[0]
 
     @override
-    def backward(
-        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         module = self.lightning_module
         training = self.run.training
         assert module is not None and training is not None
@@ -506,9 +508,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return loss
 
     @override
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         assert self.run.versions is not None and self.run.training is not None
         with self.run.versions.updating():
             result = super().optimizer_step(optimizer, closure, model, **kwargs)
@@ -702,8 +702,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.num_stages == 1:
             return
         cut = self.run.module.cut
-        held = {name: tensor.detach().cpu() for name, tensor in held_by(module, cut, self.stage).items()}
-        everyones = self._processes.control.collect(held)
+        everyones = self._processes.control.collect(held_by(module, cut, self.stage))
         parts = self._collect_parts({}, with_optimizers=True)
         module.cpu()
         if self.is_global_zero:

@@ -1,0 +1,69 @@
+"""Runs a contestant in forked processes; importing torch and Lightning in each would take longer than the race."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIMIT_S = 300
+
+
+def run_ranks(function: Callable[[int], Any], ranks: int, threads: int = 1) -> list[Any]:
+    """What `function(rank)` returns in each of `ranks` processes, with `threads` threads each.
+
+    Raises:
+        RuntimeError: if a rank fails, or all take longer than five minutes.
+    """
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=_rank, args=(function, rank, ranks, threads, port, pipes[rank][1]), daemon=True)
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    results: list[Any] = []
+    try:
+        for rank, (receiver, _) in enumerate(pipes):
+            if not receiver.poll(LIMIT_S):
+                raise RuntimeError(f"rank {rank} took longer than {LIMIT_S} s")
+            kind, content = receiver.recv()
+            if kind == "error":
+                raise RuntimeError(f"rank {rank} failed:\n{content}")
+            results.append(content)
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            process.kill()
+    return results
+
+
+def _rank(function: Callable[[int], Any], rank: int, ranks: int, threads: int, port: int, sender: Any) -> None:
+    os.environ.update(
+        {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "GROUP_RANK": "0",
+            "TORCHELASTIC_RUN_ID": "benchmark",
+            "OMP_NUM_THREADS": str(threads),
+        }
+    )
+    # Lightning takes the processes as torchrun's.
+    torch.set_num_threads(threads)
+    try:
+        sender.send(("result", function(rank)))
+    except BaseException:
+        sender.send(("error", traceback.format_exc()))
