@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def run_ranks(function: Callable[[int], Any], ranks: int, threads: int = 1) -> l
         for rank, (receiver, _) in enumerate(pipes):
             if not receiver.poll(LIMIT_S):
                 raise RuntimeError(f"rank {rank} took longer than {LIMIT_S} s")
-            kind, content = receiver.recv()
+            kind, content = pickle.loads(receiver.recv_bytes())
             if kind == "error":
                 raise RuntimeError(f"rank {rank} failed:\n{content}")
             results.append(content)
@@ -64,6 +65,11 @@ def _rank(function: Callable[[int], Any], rank: int, ranks: int, threads: int, p
     # Lightning takes the processes as torchrun's.
     torch.set_num_threads(threads)
     try:
-        sender.send(("result", function(rank)))
+        _send(sender, "result", function(rank))
     except BaseException:
-        sender.send(("error", traceback.format_exc()))
+        _send(sender, "error", traceback.format_exc())
+
+
+def _send(sender: Any, kind: str, content: Any) -> None:
+    # A pipe's own pickler would share the memory of tensors, which is gone when this process has ended.
+    sender.send_bytes(pickle.dumps((kind, content)))

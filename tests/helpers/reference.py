@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def train_delayed(
     module: nn.Module,
     stages: Sequence[Sequence[str]],
     batches: Iterable[tuple[Any, bool]],
-    loss_of: Callable[[nn.Module, Any], torch.Tensor],
+    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
     optimizer_of: Callable[[list[nn.Parameter]], tuple[torch.optim.Optimizer, Any]],
     accumulate: int = 1,
     extra_in_flight: int = 0,
@@ -49,7 +50,7 @@ def train_delayed(
         used = [versions[max(0, j - lag)] for versions, lag in zip(history, lags)]
         weights = {name: weight for version in used for name, weight in version.items()}
         with random_of(j):
-            loss = loss_of(lambda *a: functional_call(module, weights, a), batch)
+            loss = loss_of(partial(functional_call, module, weights), batch)
         losses.append(loss.item())
         gradients = torch.autograd.grad(loss / accumulate, list(weights.values()))
         for name, gradient in zip(weights, gradients):

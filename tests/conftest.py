@@ -1,0 +1,53 @@
+"""What every test starts from, and what none may leave behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+# One thread per stage: LayerNorm and convolutions give other bits with two. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No process, thread, process group, environment variable or temporary file outlives a test."""
+    environment = dict(os.environ)
+    words = _words()
+    yield
+    assert not multiprocessing.active_children(), "a process was left running"
+    assert not [each.name for each in threading.enumerate() if each.name.startswith("lightning_cpipe")]
+    assert not dist.is_initialized(), "a process group was left"
+    changed = {key for key in environment.keys() | os.environ.keys() if environment.get(key) != os.environ.get(key)}
+    changed -= {"PYTEST_CURRENT_TEST"}
+    for key in changed:
+        os.environ.pop(key, None)
+    os.environ.update(environment)
+    assert not changed, f"environment variables were changed: {sorted(changed)}"
+    assert _words() <= words, "files of last words were left"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loggers and checkpoints write into the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def _words() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("lightning_cpipe_*"))

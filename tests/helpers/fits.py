@@ -1,0 +1,148 @@
+"""Runs a fit on every rank of a pipeline, forked from this process, and brings back what each of them saw."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from benchmarks.processes import run_ranks
+from lightning_cpipe import ContinuousPipeStrategy
+
+Numbers = dict[str, Tensor]
+
+
+@dataclass
+class Seen:
+    """What one rank saw of a fit.
+
+    Attributes:
+        losses: of each mini-batch, before the division by `accumulate_grad_batches`.
+        batches: the mini-batches that its loop came by.
+        weights: at the end; whole on rank 0.
+        spans: what the stage did, in order: (kind, mini-batch).
+        metrics: the trainer's callback metrics at the end.
+        found: whatever the test's own `look` returned.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+    weights: Numbers = field(default_factory=dict)
+    spans: list[tuple[str, int]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    found: Any = None
+
+
+class Watcher(pl.Callback):
+    """Notes each mini-batch and its loss."""
+
+    def __init__(self) -> None:
+        self.seen = Seen()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        self.seen.batches.append(batch)
+
+
+def quiet_trainer(**options: Any) -> pl.Trainer:
+    """A Trainer that writes nothing, unless told otherwise."""
+    # Lightning advises data loader workers, which would only slow these tests down.
+    warnings.filterwarnings("ignore", module="lightning")
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def fit_in_pipeline(
+    stages: int,
+    module: Callable[[], pl.LightningModule],
+    train: Callable[[], Any],
+    val: Callable[[], Any] | None = None,
+    *,
+    strategy: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[Seen]:
+    """Fit in `stages` processes.
+
+    Args:
+        stages: p.
+        module: makes the module, on each rank.
+        train: makes the training loader.
+        val: makes the validation loader.
+        strategy: options of the strategy.
+        options: see `fit_on_rank`.
+
+    Returns:
+        What each rank saw, rank 0 (the last stage) first.
+    """
+
+    def on_rank(rank: int) -> Seen:
+        chosen = ContinuousPipeStrategy(**(strategy or {}))
+        return fit_on_rank(module, train, val, strategy=chosen, devices=stages, **options)
+
+    return run_ranks(on_rank, stages)
+
+
+def fit_alone(
+    module: Callable[[], pl.LightningModule],
+    train: Callable[[], Any],
+    val: Callable[[], Any] | None = None,
+    **options: Any,
+) -> Seen:
+    """The same fit in plain Lightning, on one device."""
+    return run_ranks(lambda _: fit_on_rank(module, train, val, strategy="auto", devices=1, **options), 1)[0]
+
+
+def fit_on_rank(
+    module: Callable[[], pl.LightningModule],
+    train: Callable[[], Any],
+    val: Callable[[], Any] | None,
+    *,
+    callbacks: Callable[[], list[pl.Callback]] = list,
+    look: Callable[[pl.Trainer, pl.LightningModule], Any] | None = None,
+    seed: int = 7,
+    **options: Any,
+) -> Seen:
+    """This process's part of a fit.
+
+    Args:
+        module: makes the module.
+        train: makes the training loader.
+        val: makes the validation loader.
+        callbacks: makes further callbacks.
+        look: runs after the fit; what it returns comes back in `Seen.found`.
+        seed: of everything.
+        options: of the Trainer.
+    """
+    pl.seed_everything(seed, verbose=False)
+    watcher = Watcher()
+    trainer = quiet_trainer(callbacks=[watcher, *callbacks()], **options)
+    made = module()
+    trainer.fit(made, train(), None if val is None else val())
+    seen = watcher.seen
+    if trainer.is_global_zero:
+        seen.weights = {name: p.detach().clone() for name, p in made.named_parameters()}
+    if isinstance(trainer.strategy, ContinuousPipeStrategy):
+        seen.spans = [(span.kind, span.batch) for span in trainer.strategy.timeline.spans]
+    seen.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    seen.found = None if look is None else look(trainer, made)
+    return seen
+
+
+def require_same_bits(a: Numbers, b: Numbers) -> None:
+    """Every tensor equal to the bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"differ: {different}"

@@ -1,0 +1,52 @@
+"""Losses of every step and final weights equal a one-process reference with delayed gradients, bit for bit.
+
+One thread per stage, everywhere.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from tests.helpers.comparing import EPOCHS, require_equal_to_reference
+from tests.helpers.fits import fit_alone, fit_in_pipeline, require_same_bits
+from tests.helpers.modules import Chain, noise_loader
+
+
+@pytest.mark.parametrize("schedule", ["step", None])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_equals_the_reference(p: int, optimizer: str, accumulate: int, schedule: str | None) -> None:
+    require_equal_to_reference(p, optimizer, accumulate, schedule)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_equals_the_reference_with_more_in_flight(p: int) -> None:
+    require_equal_to_reference(p, extra_in_flight=1)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+def test_equals_the_reference_with_dropout_and_noise(p: int) -> None:
+    require_equal_to_reference(p, dropout=0.3, noise=True)
+
+
+def test_delay_makes_a_difference() -> None:
+    """Else the tests above would say nothing."""
+    one, two = (fit_in_pipeline(p, Chain, noise_loader, max_epochs=1)[0] for p in (1, 2))
+    assert one.losses[0] == two.losses[0]
+    assert one.losses[1:] != two.losses[1:]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_stage_is_plain_lightning(optimizer: str, accumulate: int) -> None:
+    module = partial(Chain, optimizer=optimizer, schedule="epoch")
+    loader = partial(noise_loader, shuffle=True)
+    options = {"max_epochs": EPOCHS, "accumulate_grad_batches": accumulate}
+    ours = fit_in_pipeline(1, module, loader, noise_loader, **options)[0]
+    plain = fit_alone(module, loader, noise_loader, **options)
+    assert ours.losses == plain.losses
+    assert ours.metrics == plain.metrics
+    require_same_bits(ours.weights, plain.weights)

@@ -1,0 +1,39 @@
+"""Dropout, noise in the step and shuffles do not depend on the number of stages; validation does not touch them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from tests.helpers.fits import Seen, fit_in_pipeline, require_same_bits
+from tests.helpers.modules import Chain, noise_loader
+
+
+def fit(p: int, **options: object) -> list[Seen]:
+    module = partial(Chain, dropout=0.3, noise=True)
+    return fit_in_pipeline(p, module, partial(noise_loader, shuffle=True), max_epochs=2, **options)
+
+
+def test_with_the_same_weights_the_losses_are_the_same_for_any_number_of_stages() -> None:
+    """With one update at the end of an epoch, every loss of the first one is made with the first weights."""
+    runs = [fit(p, accumulate_grad_batches=100)[0].losses[:8] for p in (1, 2, 3, 4)]
+    assert len(set(map(tuple, runs))) == 1
+    assert len(set(runs[0])) == 8
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_validation_in_the_middle_changes_nothing(p: int) -> None:
+    without = fit(p)
+    validated = fit(p, val=noise_loader, val_check_interval=3)
+    assert without[0].losses == validated[0].losses
+    require_same_bits(without[0].weights, validated[0].weights)
+    assert "val_loss" in validated[0].metrics
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(p: int) -> None:
+    first, second, other = fit(p), fit(p), fit(p, seed=8)
+    assert first[0].losses == second[0].losses
+    require_same_bits(first[0].weights, second[0].weights)
+    assert first[0].losses != other[0].losses
