@@ -62,7 +62,7 @@ class Structure:
             if (fields := inner.get(position)) is None:
                 outer.append(next(leaves))
                 continue
-            instance = object.__new__(fields.cls)
+            instance: Any = object.__new__(fields.cls)
             values = fields.structure.build(islice(leaves, fields.structure.num_leaves))
             for name, value in zip(fields.names, values):
                 object.__setattr__(instance, name, value)

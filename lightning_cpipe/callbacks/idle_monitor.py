@@ -71,7 +71,7 @@ class IdleMonitor(pl.Callback):
         strategy = trainer.strategy
         if not trainer.is_global_zero or not isinstance(strategy, ContinuousPipeStrategy):
             return
-        every = self._every_n_steps or trainer.log_every_n_steps
+        every = self._every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and (trainer.fit_loop.total_batch_idx + 1) % every == 0:
             figures = strategy.stage_figures()
             log_numbers(trainer, self._numbers(strategy, figures))
@@ -91,7 +91,8 @@ class IdleMonitor(pl.Callback):
         numbers = self._numbers(strategy, figures, drained=True)
         log_numbers(trainer, numbers)
         log_table(trainer, "pipe/timeline", ("stage", "kind", "mini_batch", "start_ms", "end_ms"), timeline_rows(spans))
-        if self._picture and not trainer.fast_dev_run and all(each.backwards for each in figures.values()):
+        drawn = self._picture and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if drawn and all(each.backwards for each in figures.values()):
             path = folder_of(trainer) / "pipeline.png"
             draw_gantt(spans, path, self._title(strategy, numbers))
             log_picture(trainer, "pipe/gantt", path)

@@ -81,7 +81,7 @@ class ThroughputMonitor(pl.Callback):
             lengths=self._tokens if tokens is not None else None,
             flops=self._flops,
         )
-        every = self._every_n_steps or trainer.log_every_n_steps
+        every = self._every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self._batches % every == 0:
             found = self._throughput.compute()
             log_numbers(trainer, {ours: found[theirs] for theirs, ours in _NAMES.items() if theirs in found})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -18,23 +18,18 @@ class PipelineCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.strategy": {"class_path": "lightning_cpipe.ContinuousPipeStrategy"}})
 
-    @override
     def after_fit(self) -> None:
         """Say where everything lies."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         lines = [f"logs        {logger.log_dir or logger.save_dir}" for logger in self.trainer.loggers]
         checkpoint = self.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            score = (
-                ""
-                if checkpoint.best_model_score is None
-                else f" ({checkpoint.monitor} {checkpoint.best_model_score:.4f})"
-            )
-            lines.append(f"checkpoint  {checkpoint.best_model_path}{score}")
-        lines += [
-            f"picture     {each.path}" for each in self.trainer.callbacks if isinstance(each, IdleMonitor) and each.path
-        ]
+            score = checkpoint.best_model_score
+            how_good = "" if score is None else f" ({checkpoint.monitor} {score:.4f})"
+            lines.append(f"checkpoint  {checkpoint.best_model_path}{how_good}")
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        lines += [f"picture     {each.path}" for each in callbacks if isinstance(each, IdleMonitor) and each.path]
         print("\n".join(["", *lines]))
 
 

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str]) -> None:
     wrong, right = ("micro", "mini") if whole else ("mini", "micro")
     if getattr(asked, f"{wrong}_batches") is not None:
         parser.error(f"--schedule {asked.schedule} counts {schedule.unit}es: give --{right}-batches.")
-    batches = getattr(asked, f"{right}_batches") or (13 if whole else 8)
+    batches = getattr(asked, f"{right}_batches")
+    if batches is None:
+        batches = 13 if whole else 8
     for name, number in (("--stages", asked.stages), (f"--{right}-batches", batches), ("--slots", asked.slots)):
         if number is not None and number < 1:
             parser.error(f"{name} must be at least 1, not {number}.")

@@ -52,7 +52,8 @@ class Block(nn.Module):
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, width)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        further: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
+        return further
 
 
 class CharGPT(pl.LightningModule):

@@ -26,7 +26,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One step further."""
-        return x + self.inner(self.norm(x))
+        further: Tensor = x + self.inner(self.norm(x))
+        return further
 
 
 class DigitsClassifier(pl.LightningModule):
@@ -104,7 +105,8 @@ class DigitsData(pl.LightningDataModule):
         pixels, labels = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32) / 16
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
-        train, val = order.split([len(order) * 4 // 5, len(order) - len(order) * 4 // 5])
+        held_out = len(order) // 5
+        train, val = order[:-held_out], order[-held_out:]
         targets = torch.tensor(labels, dtype=torch.int64)
         self.train = TensorDataset(images[train], targets[train])
         self.val = TensorDataset(images[val], targets[val])

@@ -157,12 +157,12 @@ class CudaTimeline(Timeline):
         self._read()
 
     def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
     def _read(self) -> None:
-        while self._pending and self._pending[0][3].query():
+        while self._pending and self._pending[0][3].query():  # type: ignore[no-untyped-call]
             kind, batch, start, end = self._pending.popleft()
             self._add(Span(kind, batch, self._ns(start), self._ns(end)))
 

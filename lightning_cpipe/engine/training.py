@@ -101,7 +101,8 @@ class TrainingStream:
         self._hand_raised_before = False
         self._module = module
         self._schedule = schedule
-        self._versions = versions
+        self.versions = versions
+        """Of the stage's weights."""
         self._to = to
         self._timeline = timeline
         self._source = source
@@ -112,6 +113,9 @@ class TrainingStream:
         self._gradient_comes = any(crossing.gradient for crossing in self._passage.sends)
         self._gradient_goes = any(crossing.gradient for crossing in self._passage.receives)
         self._next_post = 0
+        self._rows: Iterator[Row] = iter(())
+        self._first = 0
+        self._ran_dry = False
         self._begin_at(0)
 
     def forward_until(self, number: int) -> InFlight:
@@ -143,7 +147,7 @@ class TrainingStream:
 
     def skip(self, number: int) -> None:
         """Mini-batch `number` has no loss: forget it."""
-        self._versions.release(number)
+        self.versions.release(number)
         del self.in_flight[number]
 
     def backward(self, number: int, run: Callable[[], object] | None = None) -> None:
@@ -159,21 +163,21 @@ class TrainingStream:
             with self._timeline.measure(WAIT_GRADIENT, number):
                 gradients = self._to.gradients_in.receive()
         with self._timeline.measure(BACKWARD, number):
-            with self._versions.of(number), self._module.backward(work.mini_batch.seed):
+            with self.versions.of(number), self._module.backward(work.mini_batch.seed):
                 if run is not None:
                     run()
                 else:
                     self._through(work.sent, gradients)
             if self._to.gradients_out is not None and self._gradient_goes:
                 self._to.gradients_out.send([_gradient_of(leaf) for leaf in work.received if leaf.requires_grad])
-        self.books.backwarded(self._versions.count - self._versions.number_of(number))
-        self._versions.release(number)
+        self.books.backwarded(self.versions.count - self.versions.number_of(number))
+        self.versions.release(number)
         del self.in_flight[number]
 
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
         self._timeline.begin_update(number)
-        self._versions.advance()
+        self.versions.advance()
 
     def end_update(self) -> None:
         """The optimizer has stepped."""
@@ -186,7 +190,7 @@ class TrainingStream:
     def _begin_at(self, number: int) -> None:
         """Start the plan with mini-batch `number` as its first: at the beginning, and after the data ran out."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
-        self._rows: Iterator[Row] = self._schedule.rows(self._module.stage, self._module.num_stages, sys.maxsize // 2)
+        self._rows = self._schedule.rows(self._module.stage, self._module.num_stages, sys.maxsize // 2)
         self._first = number
         self._ran_dry = False
 
@@ -200,7 +204,7 @@ class TrainingStream:
         for leaf, crossing in zip(received, self._passage.receives):
             leaf.requires_grad_(crossing.gradient)
         with self._timeline.measure(FORWARD, number):
-            self._versions.use(number)
+            self.versions.use(number)
             made = self._module.forward(
                 STEP, lambda: self._run_step(mini_batch), mini_batch.seed, received, table, describe=new
             )

@@ -75,15 +75,20 @@ def check_transfers(plan: Plan, *, sends_wait: bool = False) -> list[Fault]:
     for another mini-batch than the next one on its edge never gets it.
     """
     waiting = [deque(_numbered(plan, stage)) for stage in range(plan.num_stages)]
-    done: set[Action] = set()
+    # Done or next to be done: a receive counts as posted as soon as its stage waits in it.
+    reached: set[Action] = set()
     arrivals: dict[tuple[Kind, int], deque[int]] = {}
     moved = True
     while moved:
         moved = False
         for stage, actions in enumerate(waiting):
-            while actions and _may_run(actions[0][1].at(stage), done, arrivals, sends_wait):
-                _, action = actions.popleft()
-                done.add(action.at(stage))
+            while actions:
+                action = actions[0][1].at(stage)
+                moved |= action not in reached
+                reached.add(action)
+                if not _may_run(action, reached, arrivals, sends_wait):
+                    break
+                actions.popleft()
                 if action.kind in _POSTED_AS:
                     arrivals.setdefault((action.kind, stage), deque()).append(action.batch)
                 elif action.kind in _NEEDS:
@@ -153,16 +158,17 @@ def _numbered(plan: Plan, stage: int) -> Iterator[tuple[int, Action]]:
             yield number, action
 
 
-def _may_run(action: Action, done: set[Action], arrivals: dict[tuple[Kind, int], deque[int]], sends_wait: bool) -> bool:
+def _may_run(
+    action: Action, reached: set[Action], arrivals: dict[tuple[Kind, int], deque[int]], sends_wait: bool
+) -> bool:
     stage = action.stage
     assert stage is not None
     if action.kind in _NEEDS:
         kind, offset = _NEEDS[action.kind]
-        queue = arrivals.get((kind, stage + offset))
-        return bool(queue) and queue[0] == action.batch
+        return next(iter(arrivals.get((kind, stage + offset), ())), None) == action.batch
     if sends_wait and action.kind in _POSTED_AS:
         kinds, offset = _POSTED_AS[action.kind]
-        return any(Action(kind, action.batch, stage + offset) in done for kind in kinds)
+        return any(Action(kind, action.batch, stage + offset) in reached for kind in kinds)
     return True
 
 
@@ -171,14 +177,15 @@ def _order(plan: Plan) -> Iterator[Fault]:
     for stage in range(plan.num_stages):
         seen: Counter[Action] = Counter()
         for row, action in _numbered(plan, stage):
-            if seen[action]:
-                yield Fault(stage, row, f"{action} a second time")
-            needs = {Kind.BACKWARD: Kind.FORWARD, Kind.UPDATE: Kind.BACKWARD}.get(action.kind)
-            if needs is not None and not seen[Action(needs, action.batch)]:
-                yield Fault(stage, row, f"{action} before {Action(needs, action.batch)}")
             if action.stage not in (None, stage):
                 yield Fault(stage, row, f"{action} stands in the rows of stage {stage}")
-            seen[action] += 1
+            here = Action(action.kind, action.batch)
+            if seen[here]:
+                yield Fault(stage, row, f"{here} a second time")
+            needs = {Kind.BACKWARD: Kind.FORWARD, Kind.UPDATE: Kind.BACKWARD}.get(here.kind)
+            if needs is not None and not seen[Action(needs, here.batch)]:
+                yield Fault(stage, row, f"{here} before {Action(needs, here.batch)}")
+            seen[here] += 1
         for batch in sorted(set(plan.batches(stage, Kind.FORWARD)) - set(plan.batches(stage, Kind.BACKWARD))):
             yield Fault(stage, None, f"F{batch} has no B{batch}")
         if not plan.batches(stage, Kind.UPDATE):

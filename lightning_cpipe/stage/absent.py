@@ -31,7 +31,7 @@ class AbsentParameter(nn.Parameter):
     here: int
 
     # Shape, dtype and the like never reach torch's dispatcher; what reaches it would compute.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def of(cls, parameter: Tensor, name: str, home: int, here: int) -> AbsentParameter:
@@ -39,7 +39,7 @@ class AbsentParameter(nn.Parameter):
         return _absent(tuple(parameter.shape), parameter.dtype, parameter.requires_grad, name, home, here)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Sequence[type],
@@ -57,7 +57,7 @@ class AbsentParameter(nn.Parameter):
             " step."
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Says where the weights are."""
         return f"AbsentParameter({self.full_name!r}, shape={tuple(self.shape)}, weights on stage {self.home})"
 

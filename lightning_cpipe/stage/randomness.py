@@ -130,7 +130,7 @@ class Stream:
     def __init__(self, state: GeneratorState) -> None:
         self._torch, numpy, self._python = state
         self._numpy = np.random.MT19937(0)
-        self._numpy.state = numpy
+        self._numpy.state = numpy  # type: ignore[assignment]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -147,13 +147,13 @@ class Stream:
 @contextmanager
 def _in_place_of_global(numpy: np.random.MT19937) -> Iterator[None]:
     """NumPy's global generator is `numpy` inside; all generators are put back afterwards."""
-    outer = np.random.get_bit_generator()
+    outer = np.random.get_bit_generator()  # type: ignore[attr-defined]
     of_torch, of_python = get_torch_state(), random.getstate()
-    np.random.set_bit_generator(numpy)
+    np.random.set_bit_generator(numpy)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        np.random.set_bit_generator(outer)
+        np.random.set_bit_generator(outer)  # type: ignore[attr-defined]
         set_torch_state(of_torch)
         random.setstate(of_python)
 

@@ -222,7 +222,7 @@ class _Stub:
 
     def __init__(self, module: nn.Module, name: str, replay: Replay) -> None:
         self._module = module
-        self._saved = {
+        self._saved: dict[str, Any] = {
             key: module.__dict__[key] for key in ("forward", "_compiled_call_impl") if key in module.__dict__
         }
         real = module.forward
@@ -238,7 +238,7 @@ class _Stub:
     def remove(self) -> None:
         for key in ("forward", "_compiled_call_impl"):
             self._module.__dict__.pop(key, None)
-        self._module.__dict__.update(self._saved)
+        vars(self._module).update(self._saved)
 
 
 def _version(tensor: Tensor) -> int:

@@ -109,10 +109,10 @@ def own_state_dict(state_dict: State, module: nn.Module, cut: Cut, stage: int, s
 def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, names: Mapping[int, str]) -> State:
     """What `optimizer` loads on this stage, out of the state of the uncut module's optimizer."""
     state: dict[int, Any] = {}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group, saved_group, group_names in zip(optimizer.param_groups, saved["param_groups"], order.groups):
         number_of = dict(zip(group_names, saved_group["params"]))
-        numbers = []
+        numbers: list[int] = []
         for parameter in group["params"]:
             own_number = sum(len(each["params"]) for each in groups) + len(numbers)
             if (found := saved["state"].get(number_of[names[id(parameter)]])) is not None:

@@ -14,6 +14,7 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.probe import Check
 from lightning_cpipe.stage.step import Step
 from lightning_cpipe.stage.weights import make_room
+from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
 
@@ -63,21 +64,15 @@ def _steps(trainer: pl.Trainer, processes: Processes, device: torch.device, seed
     module = trainer.lightning_module
     if trainer.state.fn == TrainerFn.FITTING:
         trainer.fit_loop.setup_data()
-        fetcher = trainer.fit_loop._data_fetcher
-        first = None if fetcher is None else fetcher.peek()
+        first = fetcher_of(trainer).peek()
         _require_same_first_batch(processes, None if first is None else first.fingerprint)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
         steps = [training_probe_step(module, first, device, seed)]
         if trainer.enable_validation:
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            steps += evaluation_probe_step(module, loop, "validation_step", device, seed)
+            steps += evaluation_probe_step(module, validation_of(trainer), "validation_step", device, seed)
         return steps
-    name, loop = {
-        TrainerFn.VALIDATING: ("validation_step", trainer.validate_loop),
-        TrainerFn.TESTING: ("test_step", trainer.test_loop),
-        TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
-    }[trainer.state.fn]
+    name, loop = evaluation_of(trainer)
     return evaluation_probe_step(module, loop, name, device, seed)
 
 

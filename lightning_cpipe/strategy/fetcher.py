@@ -180,7 +180,7 @@ class LookaheadFetcher(DataFetcher):
         max_epochs = self._trainer.max_epochs
         if max_epochs is not None and 0 <= max_epochs <= following:
             return False
-        every = self._trainer.reload_dataloaders_every_n_epochs
+        every = self._trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if every and following % every == 0:
             # Lightning asks for a new loader there.
             return False

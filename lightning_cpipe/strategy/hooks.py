@@ -12,9 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torchmetrics import Metric
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.strategy.lightning_private import instead_of
+from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of
 from lightning_cpipe.strategy.sharing import Sharing
 
 _BATCH_ENDS = ("on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
@@ -41,11 +42,11 @@ def arrange_hooks(
     Returns:
         Functions that undo it.
     """
-    undo = []
+    undo = _keep_metrics_apart(trainer, module)
     if not sharing.leads:
         undo.append(instead_of(module, "log", _nothing))
         for hook in _BATCH_ENDS:
-            undo += [instead_of(owner, hook, _nothing) for owner in (module, *trainer.callbacks)]
+            undo += [instead_of(owner, hook, _nothing) for owner in (module, *callbacks_of(trainer))]
         undo += [
             instead_of(module, _EPOCH_END[step], _nothing) for step, found in cut.steps.items() if found.leaves_behind
         ]
@@ -66,6 +67,13 @@ def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Call
         sharing.metrics("epoch")
 
     return instead_of(module, "on_train_epoch_end", on_train_epoch_end)
+
+
+def _keep_metrics_apart(trainer: pl.Trainer, module: pl.LightningModule) -> list[Callable[[], None]]:
+    """A torchmetrics metric computes over all ranks by default, but only the last stage calls it."""
+    of_callbacks = [value for each in callbacks_of(trainer) for value in vars(each).values()]
+    metrics = [each for each in (*of_callbacks, *module.modules()) if isinstance(each, Metric)]
+    return [instead_of(metric, "distributed_available_fn", lambda: False) for metric in metrics]
 
 
 def _refuse_to_skip(module: pl.LightningModule) -> Callable[[], None]:

@@ -88,13 +88,9 @@ class ProcessLauncher(MultiProcessingLauncher):
                 strategy.words_folder = None
 
     @override
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+    def on_exception(self, error: BaseException) -> None:
         # Lightning tells the strategy of an exception in the main process only, which knows nothing of the pipeline.
-        try:
-            super()._wrapping_function(*args, **kwargs)
-        except BaseException as error:
-            self._strategy.on_exception(error)
-            raise
+        self._strategy.on_exception(error)
 
 
 class _ChildWatch(threading.Thread):

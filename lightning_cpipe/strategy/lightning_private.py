@@ -20,18 +20,19 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop as EvaluationLoop
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
-from lightning.pytorch.loops.fit_loop import _FitLoop as FitLoop
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization as AutomaticOptimization
 from lightning.pytorch.loops.prediction_loop import _PredictionLoop as PredictionLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop as TrainingEpochLoop
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as MultiProcessingLauncher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = [
     "AutomaticOptimization",
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingEpochLoop",
     "adopt",
     "as_of",
+    "callbacks_of",
     "combined_loader_of",
     "default_backend_for",
     "evaluation_arguments",
@@ -75,6 +77,73 @@ def adopt(cls: type[Loop], original: Any) -> Loop:
     return loop
 
 
+class FitLoop(_FitLoop):
+    """Lightning's fit loop, with a fetcher of our choice."""
+
+    fetcher: DataFetcher | None = None
+
+    def make_fetcher(self) -> DataFetcher:
+        """The fetcher that is used instead of the one that Lightning selected."""
+        raise NotImplementedError
+
+    @property
+    def _data_fetcher(self) -> DataFetcher | None:
+        return self.fetcher
+
+    @_data_fetcher.setter
+    def _data_fetcher(self, fetcher: DataFetcher | None) -> None:
+        self.fetcher = None if fetcher is None else self.make_fetcher()
+
+
+class TrainingEpochLoop(_TrainingEpochLoop):
+    """Lightning's epoch, without a collective in every step."""
+
+    @override
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Nothing: it would make all stages wait for each other. A SIGTERM travels with other messages instead."""
+
+
+class EvaluationLoop(_EvaluationLoop):
+    """Lightning's evaluation, with two of its moments made hooks."""
+
+    def on_loader_end(self, outputs: list[dict[str, Any]]) -> None:
+        """A loader is done; the last of `outputs` is what was logged for it."""
+
+    def before_end_hooks(self) -> None:
+        """Everything is computed, and no hook of the evaluation's end was called."""
+
+    @override
+    def _store_dataloader_outputs(self) -> None:
+        super()._store_dataloader_outputs()
+        self.on_loader_end(self._logged_outputs)
+
+    @override
+    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+        self.before_end_hooks()
+        super()._on_evaluation_end(*args, **kwargs)
+
+
+class MultiProcessingLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher of processes, which tells of an exception in a child, too."""
+
+    def on_exception(self, error: BaseException) -> None:
+        """A rank raised; called in its process."""
+
+    @override
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._wrapping_function(*args, **kwargs)
+        except BaseException as error:
+            self.on_exception(error)
+            raise
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The trainer's callbacks, an attribute that it has without declaring it."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 def combined_loader_of(loop: Any) -> Any:
     """The loop's `CombinedLoader`, once `setup_data` has made it."""
     return loop._combined_loader
@@ -103,7 +172,7 @@ def prepare_batch(module: pl.LightningModule, batch: Any, device: torch.device) 
 def has_transfer_hooks(trainer: pl.Trainer) -> bool:
     """Whether the module or the data module changes batches on their way to the device."""
     hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    owners = (trainer.lightning_module, trainer.datamodule)
+    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     return any(is_overridden(hook, owner) for hook in hooks for owner in owners if owner is not None)
 
 
@@ -138,7 +207,7 @@ def take_over_sigterm(trainer: pl.Trainer, received: Callable[[], None]) -> None
             launcher.kill(signum)
         received()
 
-    trainer._signal_connector._sigterm_notifier_fn = notify
+    trainer._signal_connector._sigterm_notifier_fn = notify  # type: ignore[method-assign, assignment]
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

@@ -7,15 +7,18 @@ attributes, so that checkpoints are interchangeable with those of any other stra
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cpipe.strategy.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher
 from lightning_cpipe.strategy.lightning_private import (
     AutomaticOptimization,
     DataFetcher,
@@ -24,6 +27,7 @@ from lightning_cpipe.strategy.lightning_private import (
     PredictionLoop,
     TrainingEpochLoop,
     adopt,
+    as_of,
 )
 
 
@@ -107,28 +111,15 @@ class PipelineEpochLoop(TrainingEpochLoop):
         self.pipeline.after_step_hooks()
         super().on_advance_end(data_fetcher)
 
-    @override
-    def _broadcast_sigterm_tensor(self) -> None:
-        """Nothing: a collective in every step would make all stages wait for each other.
-
-        A SIGTERM travels with the last stage's decisions instead.
-        """
-
 
 class PipelineFitLoop(FitLoop):
     """Epochs that the stages cross each in its own time."""
 
     pipeline: Pipeline
-    _lookahead: LookaheadFetcher | None
 
-    @property  # type: ignore[override]
-    def _data_fetcher(self) -> LookaheadFetcher | None:
-        return self._lookahead
-
-    @_data_fetcher.setter
-    def _data_fetcher(self, fetcher: DataFetcher | None) -> None:
-        # Lightning assigns the fetcher it selected; ours takes its place before it is used.
-        self._lookahead = None if fetcher is None else self.pipeline.make_fetcher()
+    @override
+    def make_fetcher(self) -> LookaheadFetcher:
+        return self.pipeline.make_fetcher()
 
     @override
     def on_run_start(self) -> None:
@@ -138,8 +129,8 @@ class PipelineFitLoop(FitLoop):
     @override
     def on_advance_start(self) -> None:
         super().on_advance_start()
-        if self._lookahead is not None:
-            self._lookahead.keep_sampler_epoch()
+        if isinstance(self.fetcher, LookaheadFetcher):
+            self.fetcher.keep_sampler_epoch()
 
     @override
     def on_advance_end(self) -> None:
@@ -181,14 +172,12 @@ class PipelineEvaluationLoop(EvaluationLoop):
         super().reset()
 
     @override
-    def _store_dataloader_outputs(self) -> None:
-        super()._store_dataloader_outputs()
-        self.pipeline.share_evaluation(self._logged_outputs)
+    def on_loader_end(self, outputs: list[dict[str, Any]]) -> None:
+        self.pipeline.share_evaluation(outputs)
 
     @override
-    def _on_evaluation_end(self, *args: Any, **kwargs: Any) -> None:
+    def before_end_hooks(self) -> None:
         self.pipeline.after_evaluation()
-        super()._on_evaluation_end(*args, **kwargs)
 
 
 class PipelinePredictionLoop(PredictionLoop):
@@ -218,10 +207,55 @@ class PipelinePredictionLoop(PredictionLoop):
         super().reset()
 
 
+def fetcher_of(trainer: pl.Trainer) -> LookaheadFetcher:
+    """The fetcher of the training loop, once the loop has set its data up.
+
+    Raises:
+        MisconfigurationException: if there is no training.
+    """
+    loop = trainer.fit_loop
+    assert isinstance(loop, PipelineFitLoop)
+    if not isinstance(loop.fetcher, LookaheadFetcher):
+        raise MisconfigurationException(
+            "There is nothing to train: `limit_train_batches` is 0, or the module has no `training_step`."
+        )
+    return loop.fetcher
+
+
+@contextmanager
+def at_its_own_time(trainer: pl.Trainer, drawn: Drawn) -> Iterator[None]:
+    """Inside, `global_step` and `current_epoch` read as they will when the loop comes to this mini-batch."""
+    loop = trainer.fit_loop.epoch_loop
+    assert isinstance(loop, PipelineEpochLoop)
+    loop.as_of.global_step = drawn.global_step
+    try:
+        with as_of(trainer, drawn.epoch):
+            yield
+    finally:
+        loop.as_of.global_step = None
+
+
+def evaluation_of(trainer: pl.Trainer) -> tuple[str, PipelineEvaluationLoop | PipelinePredictionLoop]:
+    """The step and the loop of `trainer.validate`, `test` or `predict`."""
+    step, loop = {
+        TrainerFn.VALIDATING: ("validation_step", trainer.validate_loop),
+        TrainerFn.TESTING: ("test_step", trainer.test_loop),
+        TrainerFn.PREDICTING: ("predict_step", trainer.predict_loop),
+    }[trainer.state.fn or TrainerFn.VALIDATING]
+    assert isinstance(loop, (PipelineEvaluationLoop, PipelinePredictionLoop))
+    return step, loop
+
+
+def validation_of(trainer: pl.Trainer) -> PipelineEvaluationLoop:
+    """The loop of the validations inside `trainer.fit`."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    assert isinstance(loop, PipelineEvaluationLoop)
+    return loop
+
+
 def install_loops(trainer: pl.Trainer, pipeline: Pipeline) -> None:
     """Replace the trainer's loops by ours; does nothing where they are ours already."""
     fit = adopt(PipelineFitLoop, trainer.fit_loop)
-    fit.__dict__.setdefault("_lookahead", fit.__dict__.pop("_data_fetcher", None))
     fit.epoch_loop = adopt(PipelineEpochLoop, fit.epoch_loop)
     fit.epoch_loop.__dict__.setdefault("as_of", AsOf())
     fit.epoch_loop.automatic_optimization = adopt(PipelineOptimization, fit.epoch_loop.automatic_optimization)

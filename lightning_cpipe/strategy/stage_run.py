@@ -23,8 +23,6 @@ class StageRun:
         module: the stage.
         decisions: its place in the chain of what the last stage decides.
         evaluations: the streams of the steps that do not train, by name.
-        training: the stream of training; None if this run does not train, or has not begun to.
-        versions: of the stage's weights; None likewise.
     """
 
     def __init__(self, module: StageModule, lanes: Lanes, timeline: Timeline) -> None:
@@ -39,8 +37,19 @@ class StageRun:
             for name in module.cut.steps
             if name != STEP
         }
-        self.training: TrainingStream | None = None
-        self.versions: Versions | None = None
+        self._training: TrainingStream | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a stream of training."""
+        return self._training is not None
+
+    @property
+    def training(self) -> TrainingStream:
+        """The stream of training."""
+        if self._training is None:
+            raise RuntimeError("this run does not train: it was set up by `trainer.validate`, `test` or `predict`.")
+        return self._training
 
     def train(
         self,
@@ -50,11 +59,10 @@ class StageRun:
         run_step: Callable[[MiniBatch], object],
     ) -> TrainingStream:
         """Begin to train; see `TrainingStream`."""
-        self.versions = versions
-        self.training = TrainingStream(
+        self._training = TrainingStream(
             self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step
         )
-        return self.training
+        return self._training
 
     def settle(self) -> int:
         """Training is over: discard what is in flight.
@@ -62,8 +70,8 @@ class StageRun:
         Returns:
             How many messages were discarded.
         """
-        if self.training is not None:
-            self.training.in_flight.clear()
+        if self._training is not None:
+            self._training.in_flight.clear()
         return self._training_lanes.settle(self.decisions)
 
     def close(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,47 +22,24 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.timeline import CudaTimeline, Span, Timeline
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.probe import Check
-from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, seeded, set_state
+from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
-from lightning_cpipe.stage.versions import Versions
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room
-from lightning_cpipe.strategy.checkpoint import (
-    GroupOrder,
-    Part,
-    State,
-    joined,
-    keep_own_parameters,
-    own_optimizer_state,
-    own_state_dict,
-    part_of,
-)
+from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.cutting import agree_on_cut
-from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher, Released
+from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
-from lightning_cpipe.strategy.lightning_private import (
-    as_of,
-    has_transfer_hooks,
-    optimizers_to_device,
-    prepare_batch,
-    take_over_sigterm,
-    training_arguments,
-    updates_after_this_batch,
-)
+from lightning_cpipe.strategy.lightning_private import callbacks_of, optimizers_to_device, take_over_sigterm
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
@@ -74,6 +51,8 @@ from lightning_cpipe.strategy.refusals import (
 )
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.stage_run import StageRun
+from lightning_cpipe.strategy.steps import Steps
+from lightning_cpipe.strategy.whole import Whole
 
 _ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
 
@@ -169,16 +148,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._stream: Stream | None = None
         self._processes: Processes | None = None
         self._run: StageRun | None = None
+        self._steps: Steps | None = None
+        self._whole: Whole | None = None
         self._sharing: Sharing | None = None
         self._streaming = False
         self._hand_raised = False
-        self._takes_batch_idx = self._transfers_its_own_way = True
-        self._evaluations = 0
-        self._mark = (-1, 0)
         self._undo: list[Callable[[], None]] = []
-        self._names: dict[int, str] = {}
-        self._orders: list[GroupOrder] = []
-        self._whole_optimizer_states: list[State] | None = None
+        self._whole_optimizer_states: list[State] = []
 
     # ---- who is who ----
 
@@ -207,6 +183,25 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self._run is None:
             raise RuntimeError("there is no run at hand: the strategy is set up by `trainer.fit` and the like.")
         return self._run
+
+    @property
+    def processes(self) -> Processes:
+        """This rank among the others."""
+        if self._processes is None:
+            raise RuntimeError("the ranks have not met yet: `trainer.fit` and the like bring them together.")
+        return self._processes
+
+    @property
+    def steps(self) -> Steps:
+        """This rank's steps in the run at hand."""
+        if self._steps is None:
+            raise RuntimeError("there is no run at hand: the strategy is set up by `trainer.fit` and the like.")
+        return self._steps
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     @property
     @override
@@ -243,7 +238,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = fabric_rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     # ---- from the Trainer's start to the first batch ----
 
@@ -304,61 +299,46 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.accelerator is not None and self._processes is not None
+        assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        module = self.lightning_module
-        assert module is not None
+        module = self._module
         fitting = trainer.state.fn == TrainerFn.FITTING
-        tell = self._processes.at
+        tell = self.processes.at
         self.timeline = CudaTimeline(tell=tell) if self.root_device.type == "cuda" else Timeline(tell=tell)
         self._stream = Stream(get_state())
-        self._whole_optimizer_states = None
+        self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
-        cut = agree_on_cut(trainer, self._processes, self._split_points, self._check, self.root_device, self._seed)
+        cut = agree_on_cut(trainer, self.processes, self._split_points, self._check, self.root_device, self._seed)
         if fitting:
             self.setup_optimizers(trainer)
-        keep_only(module, cut, self.stage)
+        if self.num_stages > 1:
+            self._whole = Whole(module, self.optimizers, cut, self.stage, self.processes.control)
+            self._whole.take_apart()
         self.model_to_device()
-        self._keep_own_parameters()
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
         stage_module = StageModule(module, cut, self.stage, self.root_device)
         in_flight = self._schedule.lag(self.stage, self.num_stages) + POSTED_AHEAD + 4
-        self._run = StageRun(stage_module, self._processes.lanes(in_flight), self.timeline)
-        self._sharing = Sharing(trainer, self._run.decisions)
-        self._undo += _metrics_of_their_own(trainer, module)
+        self._run = StageRun(stage_module, self.processes.lanes(in_flight), self.timeline)
+        self._steps = Steps(trainer, self._run, self._seed, self.root_device)
         if self.num_stages > 1:
+            self._sharing = Sharing(trainer, self._run.decisions)
             self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
-            self._takes_batch_idx = len(training_arguments(trainer, None, 0)) > 1
-            self._transfers_its_own_way = has_transfer_hooks(trainer)
-            trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, AbsentParameter)]
-            fetcher = trainer.fit_loop._data_fetcher
-            assert fetcher is not None
-            training = self._run.train(self._schedule, Versions(trained), fetcher, self._run_training_step)
+            training = self._steps.begin_training(self._schedule)
             training.hand_raised = lambda: self._hand_raised
-            self._sharing.hand_raised = training.is_hand_raised
+            if self._sharing is not None:
+                self._sharing.hand_raised = training.is_hand_raised
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
         refuse(reasons_in_optimizers(self.optimizers))
-        module = self.lightning_module
-        assert module is not None
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._orders = [GroupOrder(optimizer, self._names) for optimizer in self.optimizers]
-
-    def _keep_own_parameters(self) -> None:
-        module = self.lightning_module
-        assert module is not None
-        for optimizer in self.optimizers:
-            keep_own_parameters(optimizer, module.parameters())
 
     @override
     def model_to_device(self) -> None:
-        assert self.lightning_module is not None
-        self.lightning_module.to(self.root_device)
+        self._module.to(self.root_device)
 
     # ---- what the loops ask ----
 
@@ -368,9 +348,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def make_fetcher(self) -> LookaheadFetcher:
         """A fetcher for this stage."""
-        assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        crosses = self._cross_epoch and not any(isinstance(each, _CHANGES_AT_EPOCHS) for each in trainer.callbacks)
+        trainer = self._module.trainer
+        changes = any(isinstance(each, _CHANGES_AT_EPOCHS) for each in callbacks_of(trainer))
         # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
         several = self.num_stages > 1 and self._stream is not None
         return LookaheadFetcher(
@@ -380,14 +359,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
             seed=self._seed,
             stream=self._stream if several and self._stream is not None else nullcontext,
             timeline=self.timeline,
-            crosses_epochs=crosses and several,
+            crosses_epochs=self._cross_epoch and several and not changes,
         )
 
     def begin_stream(self) -> None:
         """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
-        if self.run.training is not None:
-            self.run.training.books.begin()
+        self.run.training.books.begin()
 
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""
@@ -396,144 +374,71 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def after_step(self, output: dict[str, Any]) -> None:
         """A local step's optimization is done: learn what the last stage logged, and the true loss."""
-        if self.num_stages > 1 and self._sharing is not None:
+        if self._sharing is not None:
             self._sharing.after_step(output)
 
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
-        if self.num_stages > 1 and self._sharing is not None:
+        if self._sharing is not None:
             self._sharing.after_step_hooks()
 
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
-        if self.num_stages > 1 and self._sharing is not None:
+        if self._sharing is not None:
             self._sharing.metrics("end of epoch")
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """An evaluation runs inside, in a random scope of its own where several ranks must agree."""
-        self._evaluations += 1
-        self._mark = (-1, 0)
-        own = seeded(derived_seed(self._seed, "evaluation", self._evaluations))
-        with own if self.num_stages > 1 else nullcontext():
-            yield
+    def evaluating(self) -> AbstractContextManager[None]:
+        """An evaluation runs inside."""
+        return self.steps.evaluating()
 
     def share_evaluation(self, outputs: list[dict[str, Any]]) -> None:
         """A loader of an evaluation is done: learn what the last stage logged for it."""
-        if self.num_stages > 1 and self._sharing is not None:
+        if self._sharing is not None:
             self._sharing.evaluation_of_loader(outputs)
 
     def after_evaluation(self) -> None:
         """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
-        if self.num_stages > 1 and self._sharing is not None:
+        if self._sharing is not None:
             self._sharing.metrics("evaluation")
 
     # ---- steps ----
 
-    @property
-    def _at(self) -> Drawn:
-        """The mini-batch that the training loop is at."""
-        assert self.lightning_module is not None
-        fetcher = self.lightning_module.trainer.fit_loop._data_fetcher
-        assert isinstance(fetcher, LookaheadFetcher) and fetcher.released is not None
-        return fetcher.released
-
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, Released):
-            return self._prepared(batch.drawn)
-        prepared = super().batch_to_device(batch, device, dataloader_idx)
-        if self.num_stages > 1:
-            self._mark = (self._mark[0] + 1, fingerprint(batch))
-        return prepared
+        as_usual = super().batch_to_device
+        return self.steps.prepare(batch, lambda batch: as_usual(batch, device, dataloader_idx))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        drawn = self._at
-        training = self.run.training
-        assert training is not None
-        work = training.forward_until(drawn.number)
-        if not self.run.module.is_last:
-            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
-            return torch.zeros((), device=self.root_device, requires_grad=True)
-        if work.returned is None:
-            if self.num_stages > 1:
-                raise MisconfigurationException(
-                    f"`training_step` returned None for mini-batch {drawn.number} (batch_idx {drawn.index} of epoch"
-                    f" {drawn.epoch}): skipping a mini-batch is not supported yet, since the other stages wait for its"
-                    " gradient. Return a loss that is zero times something of the model."
-                )
-            training.skip(drawn.number)
-        return work.returned
-
-    def _run_training_step(self, mini_batch: MiniBatch) -> Any:
-        """Call the user's step on a mini-batch that may be ahead of the loop; counters read as at its own time."""
-        assert isinstance(mini_batch, Drawn) and self.lightning_module is not None
-        module = self.lightning_module
-        trainer = module.trainer
-        batch = self._prepared(mini_batch)
-        arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
-        place = trainer.fit_loop.epoch_loop.as_of
-        place.global_step = mini_batch.global_step
-        try:
-            with as_of(trainer, mini_batch.epoch), self.precision_plugin.train_step_context():
-                return module.training_step(*arguments)
-        finally:
-            place.global_step = None
-
-    def _prepared(self, drawn: Drawn) -> Any:
-        """The mini-batch as the step gets it; prepared once."""
-        assert self.lightning_module is not None
-        if not drawn.prepared:
-            own = seeded(derived_seed(drawn.seed, "transfer")) if self._transfers_its_own_way else nullcontext()
-            with own:
-                drawn.prepared.append(prepare_batch(self.lightning_module, drawn.batch, self.root_device))
-        return drawn.prepared[0]
+        return self.steps.train()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        module = self.lightning_module
-        training = self.run.training
-        assert module is not None and training is not None
-        number = self._at.number
-        loss = self.precision_plugin.pre_backward(closure_loss, module)
-
-        def of_loss() -> None:
-            self.precision_plugin.backward(loss, module, optimizer, *args, **kwargs)
-
-        training.backward(number, of_loss if self.run.module.is_last else None)
-        loss = self.precision_plugin.post_backward(loss, module)
-        if updates_after_this_batch(module.trainer):
-            training.begin_update(number)
+        loss = self.precision_plugin.pre_backward(closure_loss, self._module)
+        self.steps.backward(lambda: self.precision_plugin.backward(loss, self._module, optimizer, *args, **kwargs))
+        loss = self.precision_plugin.post_backward(loss, self._module)
+        self.steps.begin_update_if_due()
         return loss
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        assert self.run.versions is not None and self.run.training is not None
-        with self.run.versions.updating():
-            result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.run.training.end_update()
-        return result
+        with self.steps.updating():
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self._evaluate("validation_step", args)
+            return self.steps.evaluate("validation_step", args)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.test_step_context():
-            return self._evaluate("test_step", args)
+            return self.steps.evaluate("test_step", args)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
-            return self._evaluate("predict_step", args)
-
-    def _evaluate(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        step = getattr(self.lightning_module, name)
-        seed = derived_seed(self._seed, name, self._evaluations, self._mark[0])
-        return self.run.evaluations[name].run(arguments[0], self._mark, seed, lambda: step(*arguments))
+            return self.steps.evaluate("predict_step", args)
 
     # ---- what Lightning asks of all ranks ----
 
@@ -577,7 +482,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file of the whole module. What is in flight stays in flight."""
-        if self._run is None or self.num_stages == 1:
+        if self._whole is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if self._interrupted:
@@ -585,53 +490,37 @@ class ContinuousPipeStrategy(ParallelStrategy):
             return
         if self._sharing is not None:
             self._sharing.before_collective()
-        parts = self._collect_parts(checkpoint["state_dict"], "optimizer_states" in checkpoint)
-        if parts:
-            checkpoint = joined(checkpoint, parts, self._orders)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+        super().save_checkpoint(self._whole.checkpoint(checkpoint), filepath, storage_options)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> State:
-        if self._whole_optimizer_states is not None and optimizer in self.optimizers:
+        if self._whole_optimizer_states and optimizer in self.optimizers:
             return self._whole_optimizer_states[self.optimizers.index(optimizer)]
         return super().optimizer_state(optimizer)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        module = self.lightning_module
-        assert module is not None
-        if self._run is None or self.num_stages == 1:
+        if self._whole is None:
             super().load_model_state_dict(checkpoint, strict)
-            return
-        own = own_state_dict(checkpoint["state_dict"], module, self._run.module.cut, self.stage, strict)
-        module.load_state_dict(own, strict=False)
+        else:
+            self._whole.load_module(checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        own = [
-            own_optimizer_state(saved, optimizer, order, self._names)
-            for saved, optimizer, order in zip(checkpoint["optimizer_states"], self.optimizers, self._orders)
-        ]
+        states = checkpoint["optimizer_states"]
+        own = states if self._whole is None else self._whole.own_optimizer_states(states)
         super().load_optimizer_state_dict({"optimizer_states": own})
-
-    def _collect_parts(self, state_dict: State, with_optimizers: bool) -> list[Part]:
-        """All stages' parts, on rank 0."""
-        assert self._processes is not None
-        optimizers = self.optimizers if with_optimizers else []
-        part = part_of(state_dict, optimizers, self._names, self.run.module.cut, self.stage)
-        return self._processes.control.collect(part)
 
     # ---- what callbacks show ----
 
     def stage_figures(self) -> dict[int, StageFigures]:
         """On rank 0, the figures of all stages, as they last told them; elsewhere, those of this stage and before."""
         training = self.run.training
-        return {} if training is None else {**training.figures, self.stage: training.books.figures()}
+        return {**training.figures, self.stage: training.books.figures()}
 
     def promised_delay(self, stage: int) -> int:
         """How many updates old a stage's gradient is in the steady state, by the plan."""
-        assert self.lightning_module is not None
-        accumulate = self.lightning_module.trainer.accumulate_grad_batches
+        accumulate = self._module.trainer.accumulate_grad_batches
         lag = self._schedule.lag(stage, self.num_stages)
         return -(-lag // accumulate)
 
@@ -642,10 +531,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
-        assert self._processes is not None and self.run.training is not None
         self.timeline.settle()
         mine = (self.stage, self.timeline.spans, self.run.training.books.figures())
-        return {stage: (spans, figures) for stage, spans, figures in self._processes.control.collect(mine)}
+        return {stage: (spans, figures) for stage, spans, figures in self.processes.control.collect(mine)}
 
     # ---- the end ----
 
@@ -681,8 +569,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 self._run.module.remove()
             else:
                 self._run.close()
-                self._make_whole()
-            self._run = self._sharing = None
+                self._whole_optimizer_states = [] if self._whole is None else self._whole.put_together()
+            self._run = self._steps = self._whole = self._sharing = None
         if self._processes is not None and not self._interrupted:
             self._processes.end()
         optimizers_to_device(self.optimizers, torch.device("cpu"))
@@ -694,24 +582,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.checkpoint_io.teardown()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
-
-    def _make_whole(self) -> None:
-        """Gather weights, buffers and optimizer states on rank 0."""
-        module = self.lightning_module
-        assert module is not None and self._processes is not None
-        if self.num_stages == 1:
-            return
-        cut = self.run.module.cut
-        everyones = self._processes.control.collect(held_by(module, cut, self.stage))
-        parts = self._collect_parts({}, with_optimizers=True)
-        module.cpu()
-        if self.is_global_zero:
-            own_states = [super(ContinuousPipeStrategy, self).optimizer_state(each) for each in self.optimizers]
-            whole = joined({"state_dict": {}, "optimizer_states": own_states}, parts, self._orders)
-            self._whole_optimizer_states = whole["optimizer_states"]
-            make_room(module, cut, self.stage)
-            for part in everyones:
-                fill(module, part)
 
     @classmethod
     @override
@@ -729,16 +599,3 @@ class ContinuousPipeStrategy(ParallelStrategy):
                     description=f"ContinuousPipe: a pipeline that is never flushed, `start_method` {start_method!r}",
                     start_method=start_method,
                 )
-
-
-def _metrics_of_their_own(trainer: pl.Trainer, module: pl.LightningModule) -> list[Callable[[], None]]:
-    """A torchmetrics metric computes over all ranks by default, but only the last stage calls it."""
-    of_callbacks = [value for each in trainer.callbacks for value in vars(each).values() if isinstance(value, Metric)]
-    metrics = [*of_callbacks, *(each for each in module.modules() if isinstance(each, Metric))]
-    return [_set(metric, "distributed_available_fn", lambda: False) for metric in metrics]
-
-
-def _set(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    return lambda: setattr(owner, name, before)

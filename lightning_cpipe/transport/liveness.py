@@ -252,4 +252,5 @@ def _is_there(pid: int | None) -> bool:
 
 def say(cause: FirstCause) -> None:
     """Print the first cause as the last thing on the screen."""
-    print(f"\nlightning_cpipe: {cause.text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"\nlightning_cpipe: {cause.text}\n")
+    sys.stderr.flush()

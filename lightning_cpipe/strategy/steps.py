@@ -1,0 +1,144 @@
+"""One rank's steps: what the mini-batches that Lightning's loops hand over mean to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
+from lightning_cpipe.engine.training import TrainingStream
+from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.absent import AbsentParameter
+from lightning_cpipe.stage.randomness import derived_seed, seeded
+from lightning_cpipe.stage.versions import Versions
+from lightning_cpipe.strategy.fetcher import Drawn, Released
+from lightning_cpipe.strategy.lightning_private import (
+    has_transfer_hooks,
+    prepare_batch,
+    training_arguments,
+    updates_after_this_batch,
+)
+from lightning_cpipe.strategy.loops import at_its_own_time, fetcher_of
+from lightning_cpipe.strategy.stage_run import StageRun
+
+
+class Steps:
+    """Runs a step's forward on one mini-batch and its backward on another.
+
+    Args:
+        trainer: whose loops hand over the mini-batches.
+        run: the stage and its streams.
+        seed: what all random numbers follow from.
+        device: where the stage computes.
+    """
+
+    def __init__(self, trainer: pl.Trainer, run: StageRun, seed: int, device: torch.device) -> None:
+        self._trainer = trainer
+        self._lightning_module = trainer.lightning_module
+        self._precision = trainer.precision_plugin
+        self._run = run
+        self._several = run.module.num_stages > 1
+        self._seed = seed
+        self._device = device
+        self._takes_batch_idx = self._transfers_its_own_way = True
+        self._evaluations = 0
+        self._mark = (-1, 0)
+
+    def begin_training(self, schedule: Schedule) -> TrainingStream:
+        """Be ready to train the weights that are on this stage."""
+        own: list[nn.Parameter] = [
+            parameter
+            for parameter in self._lightning_module.parameters()
+            if parameter.requires_grad and not isinstance(parameter, AbsentParameter)
+        ]
+        self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
+        self._transfers_its_own_way = has_transfer_hooks(self._trainer)
+        return self._run.train(schedule, Versions(own), fetcher_of(self._trainer), self._run_training_step)
+
+    def prepare(self, batch: Any, as_usual: Callable[[Any], Any]) -> Any:
+        """A batch as the step gets it; `as_usual` does what Lightning does with those of an evaluation."""
+        if isinstance(batch, Released):
+            return self._prepared(batch.drawn)
+        prepared = as_usual(batch)
+        if self._several:
+            self._mark = (self._mark[0] + 1, fingerprint(batch))
+        return prepared
+
+    def train(self) -> Any:
+        """The forwards of this local step; returns what `training_step` returned for the loop's own mini-batch."""
+        drawn = self._at
+        work = self._run.training.forward_until(drawn.number)
+        if not self._run.module.is_last:
+            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
+            return torch.zeros((), device=self._device, requires_grad=True)
+        if work.returned is None:
+            if self._several:
+                raise MisconfigurationException(
+                    f"`training_step` returned None for mini-batch {drawn.number} (batch_idx {drawn.index} of epoch"
+                    f" {drawn.epoch}): skipping a mini-batch is not supported yet, since the other stages wait for its"
+                    " gradient. Return a loss that is zero times something of the model."
+                )
+            self._run.training.skip(drawn.number)
+        return work.returned
+
+    def backward(self, of_loss: Callable[[], object]) -> None:
+        """The backward of the loop's own mini-batch; `of_loss` runs it on the last stage."""
+        self._run.training.backward(self._at.number, of_loss if self._run.module.is_last else None)
+
+    def begin_update_if_due(self) -> None:
+        """After a backward: the optimizer steps next, unless gradients are still being accumulated."""
+        if updates_after_this_batch(self._trainer):
+            self._run.training.begin_update(self._at.number)
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The optimizer's step, closure included, runs inside."""
+        with self._run.training.versions.updating():
+            yield
+        self._run.training.end_update()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """An evaluation runs inside, in a random scope of its own where several ranks must agree."""
+        self._evaluations += 1
+        self._mark = (-1, 0)
+        own = seeded(derived_seed(self._seed, "evaluation", self._evaluations))
+        with own if self._several else nullcontext():
+            yield
+
+    def evaluate(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        """`validation_step`, `test_step` or `predict_step` on this stage."""
+        step = getattr(self._lightning_module, name)
+        seed = derived_seed(self._seed, name, self._evaluations, self._mark[0])
+        return self._run.evaluations[name].run(arguments[0], self._mark, seed, lambda: step(*arguments))
+
+    @property
+    def _at(self) -> Drawn:
+        """The mini-batch that the training loop is at."""
+        released = fetcher_of(self._trainer).released
+        assert released is not None
+        return released
+
+    def _run_training_step(self, mini_batch: MiniBatch) -> Any:
+        """Call the user's step on a mini-batch that may be ahead of the loop."""
+        assert isinstance(mini_batch, Drawn)
+        batch = self._prepared(mini_batch)
+        arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
+        with at_its_own_time(self._trainer, mini_batch), self._precision.train_step_context():
+            return self._lightning_module.training_step(*arguments)
+
+    def _prepared(self, drawn: Drawn) -> Any:
+        """The mini-batch as the step gets it; prepared once."""
+        if not drawn.prepared:
+            own: AbstractContextManager[None] = nullcontext()
+            if self._transfers_its_own_way:
+                own = seeded(derived_seed(drawn.seed, "transfer"))
+            with own:
+                drawn.prepared.append(prepare_batch(self._lightning_module, drawn.batch, self._device))
+        return drawn.prepared[0]
