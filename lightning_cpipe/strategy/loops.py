@@ -143,33 +143,33 @@ class PipelineFitLoop(FitLoop):
         super().on_run_end()
 
 
-class PipelineEvaluationLoop(EvaluationLoop):
-    """An evaluation that streams forward only; what the last stage logs, all ranks learn."""
+class _ForwardOnly:
+    """What an evaluation and a prediction have in common."""
 
     pipeline: Pipeline
     _is_set_up: bool = False
 
-    @override
     def setup_data(self) -> None:
         # The strategy's set-up has asked for the loaders already, to look at their first batch.
         if not self._is_set_up:
-            super().setup_data()
+            super().setup_data()  # type: ignore[misc]
 
     def set_up_once(self) -> None:
         """Set the loaders up now; the next `run` uses them."""
         self.setup_data()
         self._is_set_up = True
 
-    @override
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> Any:
         with self.pipeline.evaluating():
-            results: list[dict[str, Any]] = super().run()
-        return results
+            return super().run()  # type: ignore[misc]
 
-    @override
     def reset(self) -> None:
         self._is_set_up = False
-        super().reset()
+        super().reset()  # type: ignore[misc]
+
+
+class PipelineEvaluationLoop(_ForwardOnly, EvaluationLoop):
+    """An evaluation that streams forward only; what the last stage logs, all ranks learn."""
 
     @override
     def on_loader_end(self, outputs: list[dict[str, Any]]) -> None:
@@ -180,31 +180,8 @@ class PipelineEvaluationLoop(EvaluationLoop):
         self.pipeline.after_evaluation()
 
 
-class PipelinePredictionLoop(PredictionLoop):
+class PipelinePredictionLoop(_ForwardOnly, PredictionLoop):
     """Predictions that stream forward only; they are there on rank 0, which holds the last stage."""
-
-    pipeline: Pipeline
-    _is_set_up: bool = False
-
-    @override
-    def setup_data(self) -> None:
-        if not self._is_set_up:
-            super().setup_data()
-
-    def set_up_once(self) -> None:
-        """Set the loaders up now; the next `run` uses them."""
-        self.setup_data()
-        self._is_set_up = True
-
-    @override
-    def run(self) -> Any:
-        with self.pipeline.evaluating():
-            return super().run()
-
-    @override
-    def reset(self) -> None:
-        self._is_set_up = False
-        super().reset()
 
 
 def fetcher_of(trainer: pl.Trainer) -> LookaheadFetcher:
