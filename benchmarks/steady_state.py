@@ -1,6 +1,6 @@
 """How fast does it stream? ContinuousPipe inside Lightning against its peers, on the same model and mini-batches.
 
-    python -m benchmarks.steady_state [--rounds 3] [--parts emulated real] [--output benchmarks/results/FILE.json]
+    python -m benchmarks.steady_state [--rounds 3] [--parts periods runs real] [--output benchmarks/results/FILE.json]
 
 All contestants of a part run in turn, round after round, and every ratio is taken within a round; medians are printed.
 One thread per process. The emulated stages sleep, so that eight of them fit on two cores; compare them with the p = 1
@@ -39,6 +39,7 @@ from benchmarks.processes import run_ranks
 from benchmarks.workloads import SleepingBlock, TransformerBlock
 
 SCHEDULES = ("1F1B", "GPipe", "ZBVZeroBubble", "DualPipeV")
+TWO_PARTS_PER_RANK = ("ZBVZeroBubble", "DualPipeV")
 
 Race = dict[str, Callable[[], list[Outcome]]]
 
@@ -88,37 +89,42 @@ def emulated_periods(rounds: int, stages: tuple[int, ...]) -> dict[str, Any]:
 
 def emulated_runs(rounds: int, stages: tuple[int, ...]) -> dict[str, Any]:
     """Idle slots of a whole run of 24 mini-batches at slots of 40 and 80 ms, 256 KB between stages, and the peers."""
-    samples, batches = 16, 24
-    forward, backward = 0.040, 0.080
+    samples, batches, peers_batches = 16, 24, 8
+    forward, backward = 0.040 / samples, 0.080 / samples
     race: Race = {}
     for p in (1, *stages):
-        work = Work(partial(SleepingBlock, forward / samples, backward / samples), p, (samples, 4096), batches)
+        work = Work(partial(SleepingBlock, forward, backward), p, (samples, 4096), batches)
         race[f"ours p={p}"] = race_of(work, p, ours)
     for p in stages:
         for name in SCHEDULES:
-            several = name in ("ZBVZeroBubble", "DualPipeV")
-            micro = 2 * p if name == "DualPipeV" else max(4, p)
-            share = 2 if several else 1
-            block = partial(SleepingBlock, forward / samples / share, backward / samples / share)
-            work = Work(block, share * p, (samples, 4096), 8)
-            race[f"{name} p={p}"] = race_of(work, p, torch_schedule, name=name, micro_batches=micro)
+            parts = 2 if name in TWO_PARTS_PER_RANK else 1
+            block = partial(SleepingBlock, forward / parts, backward / parts)
+            work = Work(block, parts * p, (samples, 4096), peers_batches)
+            race[f"torch {name} p={p}"] = race_of(
+                work, p, torch_schedule, name=name, micro_batches=micro_batches(name, p)
+            )
+    two = Work(partial(SleepingBlock, forward, backward), 2, (samples, 4096), peers_batches)
+    race["Lightning DDP p=2"] = race_of(two, 2, lightning_ddp)
+    race["two independent processes p=2"] = race_of(two, 2, plain_loop)
     found = run_rounds(race, rounds)
     one = [period(each, 2) for each in found["ours p=1"]]
-    table: dict[str, Any] = {"period_p1_ms": 1e3 * statistics.median(one), "stages": {}}
+    by_stages = {}
     for p in stages:
         mine = found[f"ours p={p}"]
         slots = [(wall(each) - batches * t) / (t / 2) for each, t in zip(mine, one)]
-        steady = [period(each, 4) for each in mine]
-        table["stages"][p] = {
+        times = {"ours": [period(each, 4) for each in mine]}
+        for name, outcomes in found.items():
+            if name.endswith(f" p={p}") and not name.startswith("ours"):
+                times[name.removesuffix(f" p={p}")] = [period(each, 1) for each in outcomes]
+        halved(times)
+        by_stages[p] = {
             "idle_slots_of_run": statistics.median(slots),
             "ideal_idle_slots": 2 * (p - 1),
-            "ms_per_mini_batch": 1e3 * statistics.median(steady),
-            "times_faster_than": {
-                name: statistics.median(period(each, 1) / t for each, t in zip(found[f"{name} p={p}"], steady))
-                for name in SCHEDULES
-            },
+            "steady_wait_share_by_stage": steady_waits(mine),
+            # One stage alone does nothing but its share of the work.
+            "contestants": ranking(times, one),
         }
-    return table
+    return {"period_p1_ms": 1e3 * statistics.median(one), "stages": by_stages}
 
 
 def real(rounds: int) -> dict[str, Any]:
@@ -131,27 +137,67 @@ def real(rounds: int) -> dict[str, Any]:
         "single process, 1 thread": race_of(work, 1, plain_loop),
         "single process, 2 threads": race_of(work, 1, plain_loop, threads=2),
         "Lightning, 1 thread": race_of(work, 1, lightning_alone),
-        "Lightning DDP, 2 processes": race_of(work, 2, lightning_ddp),
-        **{f"torch {name}": race_of(work, 2, torch_schedule, name=name, micro_batches=4) for name in SCHEDULES},
+        "Lightning DDP": race_of(work, 2, lightning_ddp),
+        **{
+            f"torch {name}": race_of(work, 2, torch_schedule, name=name, micro_batches=micro_batches(name, 2))
+            for name in SCHEDULES
+        },
     }
     found = run_rounds(race, rounds)
-    times = {name: [period(each, 3) for each in rounds_] for name, rounds_ in found.items()}
-    # Two processes that know nothing of each other do two mini-batches in that time.
-    times["two independent processes"] = [t / 2 for t in times["two independent processes"]]
+    times = {name: [period(each, 3) for each in outcomes] for name, outcomes in found.items()}
+    halved(times)
     best = [min(times[f"torch {name}"][i] for name in SCHEDULES) for i in range(rounds)]
-    mine = times["ours"]
-    waits = [statistics.mean(o.steady_idle or 0.0 for o in each) for each in found["ours"]]
+    waits = steady_waits(found["ours"])
     return {
-        "ms_per_mini_batch": {name: 1e3 * statistics.median(each) for name, each in times.items()},
-        "ours_times_faster_than": {
-            name: statistics.median(t / m for t, m in zip(each, mine)) for name, each in times.items() if name != "ours"
-        },
-        "ours_times_faster_than_best_torch_schedule": statistics.median(b / m for b, m in zip(best, mine)),
-        "steady_wait_share_mean_of_ranks": statistics.median(waits),
-        "steady_wait_share_by_stage": {
-            1 - rank: statistics.median(each[rank].steady_idle or 0.0 for each in found["ours"]) for rank in range(2)
-        },
+        "steady_wait_share_by_stage": waits,
+        "steady_wait_share_mean": statistics.mean(waits.values()),
+        "ours_times_faster_than_best_torch_schedule": ratio(best, times["ours"]),
+        "contestants": ranking(times, times["two independent processes"]),
     }
+
+
+def micro_batches(schedule: str, p: int) -> int:
+    """Micro-batches per mini-batch."""
+    return 2 * p if schedule == "DualPipeV" else max(4, p)
+
+
+def halved(times: dict[str, list[float]]) -> None:
+    """Two processes that know nothing of each other do two mini-batches at a time."""
+    name = "two independent processes"
+    if name in times:
+        times[name] = [t / 2 for t in times[name]]
+
+
+def steady_waits(outcomes: list[list[Outcome]]) -> dict[int, float]:
+    """Measured share of the steady state in which a stage of ours waits for a neighbour."""
+    ranks = len(outcomes[0])
+    return {
+        ranks - 1 - rank: statistics.median(each[rank].steady_idle or 0.0 for each in outcomes)
+        for rank in reversed(range(ranks))
+    }
+
+
+def ranking(times: dict[str, list[float]], least: list[float]) -> dict[str, dict[str, float]]:
+    """Every contestant's speed, and ours against it.
+
+    Args:
+        times: seconds per mini-batch, by round.
+        least: what it would be if no process ever waited or did anything but the work itself.
+    """
+    return {
+        name: {
+            "ms_per_mini_batch": 1e3 * statistics.median(each),
+            "steps_per_s": 1 / statistics.median(each),
+            "idle_or_overhead_share": 1 - ratio(least, each),
+            "ours_times_faster": ratio(each, times["ours"]),
+        }
+        for name, each in times.items()
+    }
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(x / y for x, y in zip(a, b))
 
 
 def main() -> None:

@@ -60,9 +60,10 @@ class SleepingBlock(nn.Module):
         """Sleep for as long as the samples in `x` take."""
         samples = x.shape[0]
         _busy(samples * self.forward_s)
-        half = samples * self.backward_s / 2
-        through: Tensor = _SleepInBackward.apply(x, half)
-        beside: Tensor = _SleepInBackward.apply(self.weight, half)
+        # The first stage's input needs no gradient; all stages take the same time all the same.
+        for_input = samples * self.backward_s / 2 if x.requires_grad else 0.0
+        through: Tensor = _SleepInBackward.apply(x, for_input)
+        beside: Tensor = _SleepInBackward.apply(self.weight, samples * self.backward_s - for_input)
         return through + beside
 
 
