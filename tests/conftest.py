@@ -20,10 +20,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, thread, process group, environment variable or temporary file outlives a test."""
+    # A folder of the test's own: another run of the tests may be under way on this machine.
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     environment = dict(os.environ)
-    words = _words()
     yield
     assert not multiprocessing.active_children(), "a process was left running"
     assert not [each.name for each in threading.enumerate() if each.name.startswith("lightning_cpipe")]
@@ -34,7 +38,7 @@ def nothing_is_left() -> Iterator[None]:
         os.environ.pop(key, None)
     os.environ.update(environment)
     assert not changed, f"environment variables were changed: {sorted(changed)}"
-    assert _words() <= words, "files of last words were left"
+    assert not list(temporary.glob("lightning_cpipe_*")), "files of last words were left"
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +51,3 @@ def seeded() -> None:
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loggers and checkpoints write into the test's own folder."""
     monkeypatch.chdir(tmp_path)
-
-
-def _words() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("lightning_cpipe_*"))

@@ -1,0 +1,182 @@
+"""The continuous schedule draws the rows of its docstring, and its closed forms say what walking the plan counts.
+
+The walk is done for 1 to 8 stages, 1 to 16 mini-batches, up to 2 times more in flight, accumulation over 1 to 5, and
+epochs that these do not divide.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from lightning_cpipe.schedules.action import Action, Kind
+from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
+from lightning_cpipe.schedules.clock import clock
+from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.plan import Plan
+
+STAGES = range(1, 9)
+BATCHES = range(1, 17)
+EXTRA = range(3)
+ACCUMULATE = range(1, 6)
+EPOCH_LENGTHS = (None, 1, 3, 7)
+
+Runs = list[tuple[Continuous, int, int, Plan]]
+
+EVERY_STAGE_COUNT = pytest.mark.parametrize("p", STAGES)
+
+FOUR_STAGES = """
+    0 | F0          | F1          | F2          | F3 B0 U0    | F4 B1 U1    | B2 U2       | B3 U3 | B4 U4
+    1 | F0          | F1          | F2 B0 U0    | F3 B1 U1    | F4 B2 U2    | B3 U3       | B4 U4
+    2 | F0          | F1 B0 U0    | F2 B1 U1    | F3 B2 U2    | F4 B3 U3    | B4 U4
+    3 | F0 B0 U0    | F1 B1 U1    | F2 B2 U2    | F3 B3 U3    | F4 B4 U4
+"""
+
+FEWER_BATCHES_THAN_STAGES = """
+    0 | F0          | F1          |             | B0 U0       | B1 U1
+    1 | F0          | F1          | B0 U0       | B1 U1
+    2 | F0          | F1 B0 U0    | B1 U1
+    3 | F0 B0 U0    | F1 B1 U1
+"""
+
+TWICE_AS_FAR_AHEAD = """
+    0 | F0          | F1          | F2          | F3          | F4 B0 U0    | B1 U1       | B2 U2 | B3 U3 | B4 U4
+    1 | F0          | F1          | F2 B0 U0    | F3 B1 U1    | F4 B2 U2    | B3 U3       | B4 U4
+    2 | F0 B0 U0    | F1 B1 U1    | F2 B2 U2    | F3 B3 U3    | F4 B4 U4
+"""
+
+# Updates after every second mini-batch, and after the last one of each epoch of five.
+TWO_PER_UPDATE_FIVE_PER_EPOCH = """
+    0 | F0 | F1 B0 | F2 B1 U1 | F3 B2    | F4 B3 U3 | F5 B4 U4 | F6 B5 | B6 U6
+    1 | F0 B0 | F1 B1 U1 | F2 B2 | F3 B3 U3 | F4 B4 U4 | F5 B5 | F6 B6 U6
+"""
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=lambda p: f"{p} stages")
+def runs(request: pytest.FixtureRequest) -> Runs:
+    """Schedule, stages, mini-batches and plan of every run that is walked."""
+    p = request.param
+    schedules = itertools.starmap(Continuous, itertools.product(EXTRA, ACCUMULATE, EPOCH_LENGTHS))
+    return [(schedule, p, n, schedule.plan(p, n)) for schedule, n in itertools.product(schedules, BATCHES)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "drawn", "p", "n"),
+    [
+        (Continuous(), FOUR_STAGES, 4, 5),
+        (Continuous(), FEWER_BATCHES_THAN_STAGES, 4, 2),
+        (Continuous(), "0 | F0 B0 U0 | F1 B1 U1", 1, 2),
+        (Continuous(extra_in_flight=1), TWICE_AS_FAR_AHEAD, 3, 5),
+        (Continuous(accumulate=2, epoch_length=5), TWO_PER_UPDATE_FIVE_PER_EPOCH, 2, 7),
+        (Continuous(accumulate=2), "0 | F0 B0 | F1 B1 U1 | F2 B2 | F3 B3 U3 | F4 B4", 1, 5),
+    ],
+)
+def test_the_rows_are_as_drawn(schedule: Continuous, drawn: str, p: int, n: int) -> None:
+    assert schedule.plan(p, n) == Plan.parse(drawn)
+
+
+@EVERY_STAGE_COUNT
+def test_stage_s_runs_forward_j_in_slot_s_plus_2j_and_backward_j_in_slot_2p_minus_1_minus_s_plus_2j(p: int) -> None:
+    for n in BATCHES:
+        expected = {}
+        for s, j in itertools.product(range(p), range(n)):
+            expected[Action(Kind.FORWARD, j, s)] = s + 2 * j
+            expected[Action(Kind.BACKWARD, j, s)] = 2 * p - 1 - s + 2 * j
+        assert clock(Continuous().plan(p, n)) == expected
+
+
+@EVERY_STAGE_COUNT
+def test_a_run_takes_2n_slots_and_2_p_minus_1_idle_ones_on_each_stage(p: int) -> None:
+    for extra, n in itertools.product(EXTRA, BATCHES):
+        schedule = Continuous(extra)
+        slots = clock(schedule.plan(p, n))
+        assert min(slots.values()) == 0
+        taken = 1 + max(slots.values())
+        assert schedule.slots(p, n) == taken == 2 * n + 2 * (p - 1)
+        for s in range(p):
+            busy = {slot for action, slot in slots.items() if action.stage == s}
+            assert schedule.idle_slots(p) == taken - len(busy) == 2 * (p - 1)
+
+
+def test_no_more_is_in_flight_than_lag_plus_one(runs: Runs) -> None:
+    for schedule, p, n, plan in runs:
+        for s in range(p):
+            assert most_in_flight(plan, s) == schedule.in_flight(s, p, n), (schedule, n, s)
+
+
+def test_every_forward_finds_the_version_that_is_promised(runs: Runs) -> None:
+    for schedule, p, n, plan in runs:
+        for s in range(p):
+            promised = {j: schedule.version(s, p, j) for j in range(n)}
+            assert versions(plan, s) == promised, (schedule, n, s)
+
+
+def test_every_backward_comes_as_late_as_is_promised(runs: Runs) -> None:
+    for schedule, p, n, plan in runs:
+        for s in range(p):
+            promised = {j: schedule.delay(s, p, j) for j in range(n)}
+            assert delays(plan, s) == promised, (schedule, n, s)
+
+
+def test_short_runs_never_need_more_versions_than_promised(runs: Runs) -> None:
+    for schedule, p, n, plan in runs:
+        for s in range(p):
+            assert live_versions(plan, s) <= schedule.live_versions(s, p), (schedule, n, s)
+
+
+@pytest.mark.parametrize("extra", EXTRA)
+def test_long_runs_need_exactly_the_versions_that_are_promised(extra: int) -> None:
+    p = max(STAGES)
+    for accumulate, length in itertools.product(ACCUMULATE, (*EPOCH_LENGTHS, 2, 11)):
+        schedule = Continuous(extra, accumulate, length)
+        plan = schedule.plan(p, 2 * schedule.lag(0, p) + (length or accumulate))
+        for s in range(p):
+            assert live_versions(plan, s) == schedule.live_versions(s, p), (schedule, s)
+
+
+def test_with_one_update_per_mini_batch_the_version_is_the_mini_batch_minus_the_lag() -> None:
+    schedule, p = Continuous(), 4
+    assert [schedule.lag(s, p) for s in range(p)] == [3, 2, 1, 0]
+    assert [schedule.in_flight(s, p, 100) for s in range(p)] == [4, 3, 2, 1]
+    assert [schedule.live_versions(s, p) for s in range(p)] == [4, 3, 2, 1]
+    assert [schedule.version(0, p, j) for j in range(6)] == [0, 0, 0, 0, 1, 2]
+    assert [schedule.delay(0, p, j) for j in range(6)] == [0, 1, 2, 3, 3, 3]
+    assert [schedule.delay(3, p, j) for j in range(6)] == [0] * 6
+
+
+def test_extra_in_flight_multiplies_the_lag() -> None:
+    assert [Continuous(extra).lag(1, 4) for extra in range(3)] == [2, 4, 6]
+    assert Continuous(extra_in_flight=1).delay(0, 4, 50) == 6
+
+
+def test_accumulation_over_the_whole_lag_brings_the_delay_to_one_and_a_cut_one_to_two() -> None:
+    p = 8
+    whole = Continuous(accumulate=8)
+    assert {whole.delay(s, p, j) for s in range(p - 1) for j in range(8, 64)} == {0, 1}
+    assert {whole.live_versions(s, p) for s in range(p - 1)} == {2}
+    cut = Continuous(accumulate=8, epoch_length=11)
+    assert max(cut.delay(0, p, j) for j in range(64)) == 2
+    assert cut.live_versions(0, p) == 3
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "paper", "exact"),
+    [(4, 13, 6 / 19, 3 / 16), (2, 2, 2 / 4, 1 / 3), (8, 100, 14 / 114, 7 / 107), (1, 5, 0, 0)],
+)
+def test_both_bubble_ratios_are_those_counted_by_hand(p: int, n: int, paper: float, exact: float) -> None:
+    assert Continuous().paper_ratio(p, n) == pytest.approx(paper)
+    assert Continuous().slot_exact_ratio(p, n) == pytest.approx(exact)
+
+
+@EVERY_STAGE_COUNT
+def test_both_bubble_ratios_follow_their_formulas(p: int) -> None:
+    for n in BATCHES:
+        assert Continuous().slot_exact_ratio(p, n) == pytest.approx((p - 1) / (n + p - 1))
+        if p > 1:
+            assert Continuous().paper_ratio(p, n) == pytest.approx(1 / (n / (2 * (p - 1)) + 1))
+
+
+def test_the_bubbles_vanish_as_training_goes_on() -> None:
+    assert Continuous().paper_ratio(4, 10**6) < 1e-5
+    assert Continuous().slot_exact_ratio(4, 10**6) < 1e-5
