@@ -72,6 +72,11 @@ class DigitsClassifier(pl.LightningModule):
         self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True)
         self.log("val_accuracy", self.val_accuracy, prog_bar=True)
 
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy."""
+        images, labels = batch
+        self.log("test_accuracy", (self(images).argmax(-1) == labels).float().mean())
+
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The most likely digit of each image."""
         digits: Tensor = self(batch[0]).argmax(-1)
@@ -113,11 +118,11 @@ class DigitsData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled."""
-        return DataLoader(self.train, self.batch_size, shuffle=True)
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """In order."""
-        return DataLoader(self.val, self.batch_size)
+        return DataLoader(self.val, batch_size=self.batch_size)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The same images as for validation: there are too few for a third set."""

@@ -48,7 +48,10 @@ class AbsentParameter(nn.Parameter):
     ) -> Any:
         """Refuse what computes, by name. What would only move or convert the weights finds none to move."""
         if func in _MOVES:
-            return args[0]
+            # A new one: autograd takes what comes back for the result of a computation.
+            moved = args[0]
+            dtype = (kwargs or {}).get("dtype") or moved.dtype
+            return _absent(tuple(moved.shape), dtype, False, moved.full_name, moved.home, moved.here)
         absent = next(_absent_in((args, kwargs)))
         raise AbsentWeightError(
             f"stage {absent.here} used the parameter {absent.full_name!r} (in {func}), whose weights live on stage"

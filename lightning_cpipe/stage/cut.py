@@ -95,6 +95,7 @@ class Cut:
         stand_ins: for each stage, the parameters of other stages that code between modules touches there without any
             effect on what the stage makes. Their first values stay.
         draws: the modules that draw random numbers and may be stubs.
+        draws_repeatedly: those of them that are called more than once in a step.
         forward_flops: floating-point operations of the first step's forward, on the first batch, all stages together.
     """
 
@@ -105,6 +106,7 @@ class Cut:
     buffer_homes: dict[str, int] = field(default_factory=dict)
     stand_ins: tuple[frozenset[str], ...] = ()
     draws: frozenset[str] = frozenset()
+    draws_repeatedly: frozenset[str] = frozenset()
     forward_flops: int = 0
 
     @property

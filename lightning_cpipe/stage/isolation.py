@@ -2,19 +2,28 @@
 
 If a block with dropout is a stub on one stage and real on another, the generator stands elsewhere after it, and the
 noise that `training_step` draws next would differ between the two. So such a module draws from a state of its own,
-and the outer state goes on as if the module had drawn nothing.
+and the outer state goes on as if the module had drawn nothing. Only a module that is called more than once in a step
+takes a single number from the outer state, stub or not, so that its calls differ; an activation checkpoint, which
+puts the outer state back, repeats it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cpipe.stage.randomness import TorchState, derived_seed, get_torch_state, seed_torch, set_torch_state
+from lightning_cpipe.stage.randomness import (
+    TorchState,
+    derived_seed,
+    get_torch_state,
+    next_number,
+    seed_torch,
+    set_torch_state,
+)
 
 
 class Isolation:
@@ -22,9 +31,15 @@ class Isolation:
 
     They act only inside `of`, in a forward as in a backward: activation checkpointing runs a forward again there,
     and it must draw the same numbers.
+
+    Args:
+        root: the whole module.
+        names: of the modules.
+        repeated: those of them that are called more than once in a step.
     """
 
-    def __init__(self, root: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, root: nn.Module, names: Iterable[str], repeated: Collection[str] = ()) -> None:
+        self._repeated = repeated
         self._seed: int | None = None
         self._entered: list[TorchState | None] = []
         self._handles: list[RemovableHandle] = []
@@ -53,8 +68,9 @@ class Isolation:
             if self._seed is None:
                 self._entered.append(None)
             else:
+                parts = (name, next_number()) if name in self._repeated else (name,)
                 self._entered.append(get_torch_state())
-                seed_torch(derived_seed(self._seed, name))
+                seed_torch(derived_seed(self._seed, *parts))
 
         def after(*_: Any) -> None:
             state = self._entered.pop()

@@ -8,8 +8,9 @@ with the recorded numbers in place of what comes before it:
 2. Some values cross without a gradient: an argmax, a mask. So the stage is run again with random numbers in all that
    is not received. Whatever it sends, its loss, what it logs and returns and the buffers it writes must be the same
    bits. What makes a difference is received too.
-3. With ``check="full"`` the stages are run one after the other, and loss and gradients compared with the whole
-   module's. It catches what no random numbers can, such as a block that leaves a tensor on an attribute.
+3. With ``check="full"`` the stages are run one after the other, two steps in a row, and loss and gradients compared
+   with the whole module's. It catches what no random numbers can, such as a block that leaves a tensor on an
+   attribute, or a count that the end of a step keeps for the beginning of the next.
 
 The probe changes nothing: not the module, not the generators.
 """
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Literal
 
 import torch
@@ -27,10 +30,10 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.homes import Homes
 from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.stage.step import Observed, RecordedStep, Step
+from lightning_cpipe.stage.step import Observed, RecordedStep, Step, find_draws
 from lightning_cpipe.stage.survey import Survey
 from lightning_cpipe.stage.trial import NOTHING, Trial, close
-from lightning_cpipe.stage.uncut import compare_with_uncut, require_same_as_uncut
+from lightning_cpipe.stage.uncut import compare_with_uncut, refusal
 from lightning_cpipe.stage.untouched import Place
 from lightning_cpipe.tree import TemplateTable, flatten
 
@@ -53,14 +56,16 @@ def probe(
     Raises:
         CutError: if it can't be cut there; the message names the module and the cut.
     """
-    watched = survey.watched(root)
-    recorded = [RecordedStep(root, step, watched) for step in steps]
-    draws = frozenset(name for each in recorded for name in each.drawing_modules)
+    watched = survey.watched(root, starts)
+    draws = reduce(or_, (find_draws(root, step, watched) for step in steps))
+    recorded = [RecordedStep(root, step, watched, draws) for step in steps]
     writes_buffers = {name for each in recorded for name in each.writes_buffers}
     trains = any(step.trains for step in steps)
     owners = [name for name in watched if _owns_weights(root, name) or _around_any(name, writes_buffers)]
+    if trains and starts:
+        _require_memory_of_their_own(root)
     unchanging = {n for n in owners if not (trains and _owns_trainable(root, n)) and not _around_any(n, writes_buffers)}
-    isolation = Isolation(root, draws)
+    isolation = Isolation(root, draws.modules, draws.repeated)
     try:
         cutters = [_Cutter(root, each, owners, unchanging, starts, device) for each in recorded]
         homes = Homes(root, len(starts) + 1, _called_on(cutters), trains)
@@ -81,7 +86,8 @@ def probe(
         trained_on=homes.trained_on,
         buffer_homes=homes.buffers(),
         stand_ins=tuple(homes.stand_ins(stage) for stage in range(len(starts) + 1)),
-        draws=draws,
+        draws=draws.modules,
+        draws_repeatedly=draws.repeated,
         forward_flops=survey.forward_flops,
     )
 
@@ -146,7 +152,6 @@ class _Cutter:
                 homes.trains(stage, dependence.weights)
                 homes.touches(stage, traces.parameters)
                 self._left.append(traces.places)
-                self._require_recorded(trial)
             found.append(dependence.values)
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
         self._needed_by_gradient = found[::-1]
@@ -156,6 +161,8 @@ class _Cutter:
         sends: tuple[Crossing, ...] = ()
         for stage in reversed(range(len(self._stubs))):
             with self._trial(stage, sends) as trial:
+                if self._starts:
+                    self._require_recorded(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
                 self._passages.insert(
                     0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends)
@@ -163,8 +170,11 @@ class _Cutter:
 
     def compare_all(self) -> None:
         """Compare the stages with the uncut module, gradients included."""
-        difference = compare_with_uncut(self._root, self._recorded.step, self._passages, self._templates, self._device)
-        require_same_as_uncut(difference, self._starts, self.name, self._suspects())
+        with self._explained():
+            difference = compare_with_uncut(
+                self._root, self._recorded.step, self._passages, self._templates, self._device
+            )
+        self._require_same(difference)
 
     def cut(self) -> StepCut:
         """What was found."""
@@ -174,7 +184,7 @@ class _Cutter:
             tuple(self._passages),
             self._recorded.step.signature,
             self._templates,
-            draws=self._recorded.draws or bool(self._recorded.drawing_modules),
+            draws=self._recorded.draws,
             leaves_behind=leaves_behind,
         )
 
@@ -184,9 +194,21 @@ class _Cutter:
         passage = Passage(stage, end, self._stubs[stage], sends=sends)
         trial = Trial(self._root, self._recorded, passage, self._templates, self._device)
         try:
-            yield trial
+            with self._explained():
+                yield trial
         finally:
             trial.close()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """The step ran as a whole; if it fails in stages, the cut is the reason."""
+        try:
+            yield
+        except CutError:
+            raise
+        except Exception as error:
+            what = f"a stage of {self.name} fails where the uncut module does not ({type(error).__name__}: {error})"
+            raise refusal(what, self._starts, self._suspects()) from error
 
     def _settle(self, trial: Trial, stand_ins: frozenset[str]) -> tuple[Crossing, ...]:
         """What a stage receives."""
@@ -194,7 +216,8 @@ class _Cutter:
             raise CutError(
                 f"stage {trial.passage.stage} uses the numbers of {', '.join(sorted(stand_ins))}, trained on another"
                 " stage, without giving it a gradient; its copy there would never be updated. Use it inside the"
-                " module that owns it, or move the cut with `split_points`."
+                " module that owns it, or move the cut with `split_points`. (An activation checkpoint must not reach"
+                " across a cut: checkpoint inside the blocks, with `use_reentrant=False` around a whole block.)"
             )
         gradient = set(self._needed_by_gradient[trial.passage.stage])
         gradient |= {sent.value for sent in trial.passage.sends if sent.gradient}
@@ -204,20 +227,30 @@ class _Cutter:
         return tuple(Crossing(v, v in gradient, self._rewritten(v)) for v in trial.values if v in needed)
 
     def _require_recorded(self, trial: Trial) -> None:
-        """The last stage, given the recorded numbers, must make what the whole module made."""
-        result, whole = trial.result(), self._recorded.observed
+        """A stage, given the recorded numbers, must make what the whole module made."""
+        result = trial.result()
         if isinstance(result, Observed):
-            alike = close(*(flatten([each.loss, each.facts])[0] for each in (result, whole)))
-            difference = None if alike else "the loss, a logged value or the output"
-            require_same_as_uncut(difference, self._starts, self.name, self._suspects())
+            made, whole = ([each.loss, each.facts] for each in (result, self._recorded.observed))
+            what = "the loss, a logged value or the output"
+        else:
+            values = [sent.value for sent in trial.passage.sends]
+            recorded = self._recorded.recording.values({value.module for value in values})
+            made, whole = result, [recorded[value] for value in values]
+            what = f"what stage {trial.passage.stage} sends"
+        self._require_same(None if close(flatten(made)[0], flatten(whole)[0]) else what)
+
+    def _require_same(self, difference: str | None) -> None:
+        if difference is not None:
+            what = f"{difference} of {self.name} differs from the uncut module's"
+            raise refusal(what, self._starts, self._suspects())
 
     def _rewritten(self, value: Value) -> bool:
         return self._recorded.recording.rewritten(value)
 
     def _suspects(self) -> list[str]:
-        """Attributes that change inside modules which are stubs somewhere."""
-        stubs = {name for stubs in self._stubs for name in stubs}
-        return [f"{module}.{key}" for module, key in self._recorded.changes if _inside_any(module, stubs)]
+        """The attributes that the step changes; buffers of stubs are where they belong."""
+        changes = [(self._root.get_submodule(module), module, key) for module, key in self._recorded.changes]
+        return [f"{name}.{key}" if name else key for module, name, key in changes if key not in module._buffers]
 
 
 def _called_on(cutters: Sequence[_Cutter]) -> dict[str, tuple[int, ...]]:
@@ -227,6 +260,19 @@ def _called_on(cutters: Sequence[_Cutter]) -> dict[str, tuple[int, ...]]:
         for module, found in cutter.called_on().items():
             stages.setdefault(module, set()).update(found)
     return {module: tuple(sorted(found)) for module, found in stages.items()}
+
+
+def _require_memory_of_their_own(root: nn.Module) -> None:
+    """Versions, and stages, give each parameter memory of its own."""
+    seen: dict[int, str] = {}
+    for name, parameter in root.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr():
+            other = seen.setdefault(parameter.data_ptr(), name)
+            if other != name:
+                raise CutError(
+                    f"the parameters {other!r} and {name!r} share memory, which would part in a pipeline. Tie them by"
+                    " assigning one `nn.Parameter` to both modules, or give each a copy of its own."
+                )
 
 
 def _owns_weights(root: nn.Module, name: str) -> bool:
@@ -239,10 +285,6 @@ def _owns_trainable(root: nn.Module, name: str) -> bool:
 
 def _around_any(name: str, inner: set[str]) -> bool:
     return any(f"{each}.".startswith(f"{name}.") for each in inner)
-
-
-def _inside_any(name: str, outer: set[str]) -> bool:
-    return any(f"{name}.".startswith(f"{each}.") for each in outer)
 
 
 def _size(root: nn.Module) -> int:

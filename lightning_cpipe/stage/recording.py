@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Value
+from lightning_cpipe.stage.describing import describe
+from lightning_cpipe.stage.randomness import TorchState, get_torch_state, same_torch_state
 from lightning_cpipe.tree import Template, flatten
 
 
@@ -37,6 +38,10 @@ class Call:
     tensors: tuple[Tensor, ...] = ()
     rewritten: tuple[bool, ...] = ()
     drew: bool = False
+
+    def surrounds(self, other: Call) -> bool:
+        """Whether `other` was made inside this call, or is this one."""
+        return self.enter <= other.enter and other.exit <= self.exit
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def record(root: nn.Module, step: Callable[[], Any], watched: Iterable[str]) -> 
 class _Recorder:
     def __init__(self) -> None:
         self._calls: list[Call] = []
-        self._open: list[tuple[Call, Tensor]] = []
+        self._open: list[tuple[Call, TorchState]] = []
         self._outputs: list[tuple[Call, list[Tensor], list[int]]] = []
         self._moment = 0
 
@@ -137,15 +142,15 @@ class _Recorder:
             number = sum(call.module == name for call in self._calls)
             call = Call(name, number, self._tick())
             self._calls.append(call)
-            self._open.append((call, torch.get_rng_state()))
+            self._open.append((call, get_torch_state()))
 
         return enter
 
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         call, generator = self._open.pop()
         call.exit = self._tick()
-        call.template = Template.of(output)
-        call.drew = not torch.equal(generator, torch.get_rng_state())
+        call.template = describe(output)
+        call.drew = not same_torch_state(generator, get_torch_state())
         live = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
         call.tensors = tuple(leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in live)
         self._outputs.append((call, live, [leaf._version for leaf in live]))

@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
-from lightning_cpipe.tree import Template, TemplateTable, TensorSpec, flatten
+from lightning_cpipe.stage.describing import describe, difference
+from lightning_cpipe.tree import TemplateTable, TensorSpec, tensors_in
 
 
 class _EndOfStage(BaseException):
@@ -71,8 +72,10 @@ class Replay:
         watched = {sent.value.module for passage in self._passages.values() for sent in passage.sends}
         for name in sorted(stubs):
             self._stubs.append(_Stub(root.get_submodule(name), name, self))
-        for name in sorted((watched | set(stubbed_later)) - stubs):
-            self._handles.append(root.get_submodule(name).register_forward_hook(self._capture(name)))
+        for name in sorted(watched | set(stubbed_later)):
+            # Before any other hook: the user's own run on the next stage too, after the stub.
+            hook = root.get_submodule(name).register_forward_hook(self._capture(name), prepend=True)
+            self._handles.append(hook)
         for end in sorted({passage.end for passage in self._passages.values() if passage.end is not None}):
             # In front of every other hook: the block belongs to the next stage, hooks and all.
             self._handles.append(root.get_submodule(end).register_forward_pre_hook(self._leave(end), prepend=True))
@@ -101,9 +104,12 @@ class Replay:
         """
         run = _Run(self._passages[name], received, templates or {}, describe)
         outer, self._running = self._running, run
+        graded = torch.is_grad_enabled()
         try:
             returned = step()
         except _EndOfStage:
+            # A step that switched it off for what comes next was left before it switched it on again.
+            torch.set_grad_enabled(graded)
             return Replayed(None, run.sent(), run.described)
         finally:
             self._running = outer
@@ -137,7 +143,8 @@ class Replay:
 
     def _capture(self, name: str) -> Callable[..., None]:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            if self._running is not None:
+            # A stub of one step may run for real in another.
+            if self._running is not None and name not in self._running.passage.stubs:
                 self._running.capture(name, output)
 
         return capture
@@ -187,10 +194,17 @@ class _Run:
     def capture(self, name: str, output: Any) -> None:
         call = self._calls[name]
         self._calls[name] += 1
+        template = describe(output)
+        told = self._templates.get((name, call))
         if self._describe:
-            self.described[name, call] = Template.of(output)
-        leaves = (leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor))
-        for number, leaf in enumerate(leaves):
+            self.described[name, call] = template
+        elif told is not None and (news := difference(told, template)) is not None:
+            raise DataMismatchError(
+                f"{name!r} returned something else than for the first batch of these shapes: {news}. The stages after"
+                " it count on that: only the numbers in tensors travel. Return a tensor of a fixed shape instead of a"
+                " Python number, or move the cut with `split_points`."
+            )
+        for number, leaf in enumerate(tensors_in(output)):
             value = Value(name, call, number)
             if value in self._wanted:
                 kept = leaf.clone() if value in self._rewritten else leaf

@@ -32,7 +32,7 @@ class StageModule:
         passages = {name: step.passages[stage] for name, step in cut.steps.items()}
         later = {stub for step in cut.steps.values() for p in step.passages[stage + 1 :] for stub in p.stubs}
         self._replay = Replay(root, passages, device, later)
-        self._isolation = Isolation(root, cut.draws)
+        self._isolation = Isolation(root, cut.draws, cut.draws_repeatedly)
         self._scope = SeededScope()
 
     @property

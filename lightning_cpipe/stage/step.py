@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,43 +55,79 @@ class Step:
             return self.call()
 
     def draws(self) -> bool:
-        """Whether it draws any random number outside of modules that have their own; runs it to see."""
+        """Whether it draws any random number; runs it to see."""
         with seeded(self.seed), torch.set_grad_enabled(self.trains):
             before = get_state()
             self.call()
             return not same_state(before, get_state())
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The modules that draw random numbers.
+
+    Attributes:
+        modules: all of them.
+        repeated: those that are called more than once in a step.
+    """
+
+    modules: frozenset[str] = frozenset()
+    repeated: frozenset[str] = frozenset()
+
+    def __or__(self, other: Draws) -> Draws:
+        return Draws(self.modules | other.modules, self.repeated | other.repeated)
+
+
+def find_draws(root: nn.Module, step: Step, watched: Sequence[str]) -> Draws:
+    """Those of the watched modules that draw random numbers in the step.
+
+    What calls a repeated one counts too: as a stub it takes no number from the outer state on behalf of the other.
+    """
+    isolation = Isolation(root, watched)
+    try:
+        with untouched(root), isolation.of(step.seed):
+            recording, _ = record(root, step.run, watched)
+    finally:
+        isolation.remove()
+    times = Counter(call.module for call in recording.calls)
+    drew = [call for call in recording.calls if call.drew]
+    again = [call for call in drew if times[call.module] > 1]
+    around = {call.module for call in recording.calls if any(call.surrounds(each) for each in again)}
+    modules = around | {call.module for call in drew}
+    return Draws(frozenset(modules), frozenset(name for name in modules if times[name] > 1))
+
+
 class RecordedStep:
     """One watched run of the whole module's step.
+
+    Args:
+        root: the whole module.
+        step: its step.
+        watched: the modules to watch.
+        draws: those of them that have random numbers of their own.
 
     Attributes:
         step: which.
         recording: the calls of the watched modules.
         observed: what the step gave.
         changes: the attributes and buffers that it changed.
-        draws: whether it draws random numbers outside of the watched modules.
+        draws: whether it draws random numbers, or calls modules that do in another step.
     """
 
-    def __init__(self, root: nn.Module, step: Step, watched: Sequence[str]) -> None:
+    def __init__(self, root: nn.Module, step: Step, watched: Sequence[str], draws: Draws) -> None:
         self.step = step
         self._root = root
-        isolation = Isolation(root, watched)
+        isolation = Isolation(root, draws.modules, draws.repeated)
         try:
             with untouched(root) as before, isolation.of(step.seed):
                 recording, observed = record(root, step.run, watched)
                 self.changes: list[Place] = list(before.changes())
-            with untouched(root), isolation.of(step.seed):
-                self.draws = step.draws()
         finally:
             isolation.remove()
+        with untouched(root):
+            self.draws = bool(draws.modules) or step.draws()
         self.recording: Recording = recording
         self.observed: Observed = observed
-
-    @cached_property
-    def drawing_modules(self) -> set[str]:
-        """The modules that drew random numbers."""
-        return {call.module for call in self.recording.calls if call.drew}
 
     @cached_property
     def writes_buffers(self) -> set[str]:

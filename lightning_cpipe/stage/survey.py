@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from lightning_cpipe.stage.blocks import find_blocks
 
@@ -33,16 +34,19 @@ class Survey:
     forward_flops: int
     costs: tuple[float, ...]
 
-    def watched(self, root: nn.Module) -> list[str]:
-        """The modules that a cut has to know of: everything called that is not inside a block, and the blocks."""
-        return [name for name in self._outside(root, "") if self.calls[name]]
+    def watched(self, root: nn.Module, starts: Sequence[str] = ()) -> list[str]:
+        """The modules that a cut has to know of: everything called that is not inside a block, and the blocks.
 
-    def _outside(self, module: nn.Module, name: str) -> list[str]:
+        A block inside which a stage begins is not taken as a whole.
+        """
+        return [name for name in self._outside(root, "", starts) if self.calls[name]]
+
+    def _outside(self, module: nn.Module, name: str, starts: Sequence[str]) -> list[str]:
         inside_or_root = [name] if name else []
-        if name in self.blocks:
+        if name in self.blocks and not any(start.startswith(f"{name}.") for start in starts):
             return inside_or_root
         for child_name, child in module.named_children():
-            inside_or_root += self._outside(child, f"{name}.{child_name}" if name else child_name)
+            inside_or_root += self._outside(child, f"{name}.{child_name}" if name else child_name, starts)
         return inside_or_root
 
 
@@ -51,20 +55,20 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
     candidates = set(find_blocks(root))
     calls: Counter[str] = Counter()
     begun: list[tuple[str, int]] = []
-    with ExitStack() as hooks, FlopCounterMode(display=False) as flops:
+    with ExitStack() as hooks, _Flops() as flops:
 
         def note(name: str) -> Callable[..., None]:
             def enter(*_: Any) -> None:
                 calls[name] += 1
                 if name in candidates:
-                    begun.append((name, flops.get_total_flops()))
+                    begun.append((name, flops.total))
 
             return enter
 
         for name, module in root.named_modules():
             hooks.callback(module.register_forward_pre_hook(note(name)).remove)
         step()
-        total = flops.get_total_flops()
+        total = flops.total
 
     once = [(name, at) for name, at in begun if calls[name] == 1]
     ends = [at for _, at in once[1:]] + [total]
@@ -73,3 +77,24 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
     costs = (float(end - start + weight) for start, end, weight in zip(starts, ends, weights))
     repeated = sorted({name for name, _ in begun if calls[name] > 1})
     return Survey(calls, tuple(name for name, _ in once), tuple(repeated), total, tuple(costs))
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations.
+
+    torch's own `FlopCounterMode` also tells modules apart, with hooks that fail in a step that calls
+    `torch.autograd.grad` itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=made)
+        return made

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
+from lightning_cpipe.stage.gradients import gradients
 from lightning_cpipe.stage.replay import Replay
 from lightning_cpipe.stage.step import Observed, RecordedStep
 from lightning_cpipe.stage.untouched import Place, Snapshot, untouched
@@ -108,7 +108,7 @@ class Trial:
                 return Dependence(frozenset(), ())
             # Which of them get a gradient is the question, not how much.
             ones = [torch.ones_like(out) for out in outputs]
-            gets = [g is not None for g in torch.autograd.grad(outputs, inputs, ones, allow_unused=True)]
+            gets = [g is not None for g in gradients(outputs, ones, inputs)]
         return Dependence(
             frozenset(v for v, yes in zip(differentiable, gets) if yes),
             tuple(name for (name, _), yes in zip(weights, gets[len(differentiable) :]) if yes),
@@ -124,8 +124,9 @@ class Trial:
         return self._differs(self._baseline(), {}, names)
 
     def depending_on(self, candidates: Sequence[Value]) -> list[Value]:
-        """Those of `candidates` that the results depend on in any way."""
-        return self._culprits(list(candidates), self._baseline())
+        """Those of `candidates` that the results depend on in any way, and those of which that can't be told."""
+        untold = [v for v in candidates if _is_one_integer(self.values[v])]
+        return untold + self._culprits([v for v in candidates if v not in untold], self._baseline())
 
     def _replayed(self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None) -> Any:
         """One replay: what it returned or sent."""
@@ -148,10 +149,8 @@ class Trial:
     def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
         try:
             return not baseline.equals(self._outcome(fills, shaken))
-        except CutError:
-            raise
         except Exception:
-            # The step itself objects to the numbers, so it looks at them.
+            # The step objects to the numbers, or goes another way because of them: it looks at them.
             return True
 
     def _culprits(self, values: list[Value], baseline: _Baseline) -> list[Value]:
@@ -163,10 +162,9 @@ class Trial:
         return self._culprits(values[:half], baseline) + self._culprits(values[half:], baseline) or values
 
     def _matter(self, values: list[Value], baseline: _Baseline) -> bool:
-        # Twice, with different numbers: one fill may hit the true value of a small integer.
+        # Several: one may hit the true value of a small integer, or lie on the true value's side of an `if`.
         return any(
-            self._differs(baseline, {v: _random_like(self.values[v], self._generator) for v in values})
-            for _ in range(2)
+            self._differs(baseline, {v: fill(self.values[v], self._generator) for v in values}) for fill in _FILLS
         )
 
 
@@ -220,17 +218,46 @@ def _leaf(tensor: Tensor) -> Tensor:
     return leaf.requires_grad_(tensor.requires_grad)
 
 
-def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Other numbers of the same kind: booleans flipped, integers within the range there is, floats of its scale."""
-    if tensor.dtype is torch.bool:
-        return ~tensor
+def _random_like(tensor: Tensor, generator: torch.Generator, size: float = 1.0) -> Tensor:
+    """Other numbers of the same kind: booleans, integers within the range there is, floats of its scale."""
     if tensor.numel() == 0:
         return tensor
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        low, high = int(tensor.min()), int(tensor.max())
+    if not _has_fractions(tensor):
+        low, high = (0, 1) if tensor.dtype is torch.bool else (int(tensor.min()), int(tensor.max()))
         return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
     scale = tensor.detach().abs().mean().nan_to_num(1.0, 1.0, 1.0) + 1e-3
-    return torch.randn(tensor.shape, generator=generator).to(tensor) * scale
+    return torch.randn(tensor.shape, generator=generator).to(tensor) * (scale * size)
+
+
+def _opposite(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """The other side of zero; booleans flipped, integers mirrored within the range there is."""
+    if tensor.dtype is torch.bool:
+        return ~tensor
+    return -tensor if tensor.numel() == 0 or _has_fractions(tensor) else tensor.min() + tensor.max() - tensor
+
+
+def _huge_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Beyond what a threshold may let through."""
+    return _random_like(tensor, generator, 1e3)
+
+
+def _zeros_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """What a stub returns where nobody needs its output; integers stay within the range there is."""
+    return torch.zeros_like(tensor) if _has_fractions(tensor) else _random_like(tensor, generator)
+
+
+_FILLS = (_random_like, _opposite, _huge_like, _zeros_like, _random_like, _random_like)
+
+
+def _has_fractions(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _is_one_integer(tensor: Tensor) -> bool:
+    """Whether all its elements are one integer, so that the range there is has no other."""
+    if tensor.numel() == 0 or tensor.dtype is torch.bool or _has_fractions(tensor):
+        return False
+    return int(tensor.min()) == int(tensor.max())
 
 
 def close(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -243,6 +270,6 @@ def _close_leaf(a: Any, b: Any) -> bool:
         return same_bits([a], [b])
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    a, b = a.detach(), b.detach()
+    a, b = (each.detach() if each.layout is torch.strided else each.detach().to_dense() for each in (a, b))
     slack = 64 * torch.finfo(b.dtype).eps * float(b.abs().max() if b.numel() else 0)
     return bool((((a - b).abs() <= slack) | (torch.isnan(a) & torch.isnan(b))).all())

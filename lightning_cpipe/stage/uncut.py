@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Passage
+from lightning_cpipe.stage.gradients import gradients
 from lightning_cpipe.stage.replay import Replay, Replayed
 from lightning_cpipe.stage.step import Observed, Step
 from lightning_cpipe.stage.trial import close
@@ -27,36 +27,39 @@ def compare_with_uncut(
     """What differs between the stages' results and the whole module's; None if nothing does.
 
     Loss, logged values, output and every gradient are compared, up to rounding: a gradient that comes together from
-    several stages is summed in another order.
+    several stages is summed in another order. The step is run twice in a row, since it may keep something for the
+    next one.
     """
     weights = [(name, parameter) for name, parameter in root.named_parameters() if parameter.requires_grad]
     with untouched(root):
         whole = step.run()
         expected = _gradients([whole.loss], [_one(whole.loss)], [p for _, p in weights])
+        whole_again = step.run()
     chain = _Chain(root, step, passages, templates, device)
-    last = chain.forward()
-    if not close(*(flatten([each.loss, each.facts])[0] for each in (last, whole))):
+    last, last_again = chain.forward()
+    if not _alike(last, whole):
         return "the loss, a logged value or the output"
+    if not _alike(last_again, whole_again):
+        return "in a second step, the loss, a logged value or the output"
     for (name, _), here, there in zip(weights, chain.backward([p for _, p in weights]), expected):
         if (here is None) != (there is None) or (here is not None and not close([here], [there])):
             return f"the gradient of {name!r}"
     return None
 
 
-def require_same_as_uncut(difference: str | None, starts: Sequence[str], step: str, suspects: Sequence[str]) -> None:
-    """Refuse a cut that changes results.
-
-    Raises:
-        CutError: if there is a difference; it names the attributes that modules before the cut leave values on.
-    """
-    if difference is None:
-        return
-    hint = f" Attributes that the step changes there: {', '.join(suspects)}." if suspects else ""
-    raise CutError(
-        f"cut at {', '.join(starts)}, {difference} of {step} differs from the uncut module's. A module before a cut"
-        f" hands something on other than through what it returns.{hint} Return the value instead, or move the cut with"
-        " `split_points` so that both ends lie on one stage."
+def refusal(what: str, starts: Sequence[str], suspects: Sequence[str]) -> CutError:
+    """The error for a cut that changes results; it names the attributes that the step changes."""
+    hint = f" Attributes that the step changes: {', '.join(suspects)}." if suspects else ""
+    return CutError(
+        f"cut at {', '.join(starts)}, {what}. Something is handed on other than through what a module returns: on an"
+        f" attribute, within a step or from one step to the next.{hint} Return the value from the module instead, keep"
+        " what outlives a step inside the block that uses it, or move the cut with `split_points` so that both ends lie"
+        " on one stage."
     )
+
+
+def _alike(a: Observed, b: Observed) -> bool:
+    return close(*(flatten([each.loss, each.facts])[0] for each in (a, b)))
 
 
 class _Chain:
@@ -77,17 +80,15 @@ class _Chain:
         self._device = device
         self._arrived: list[list[Tensor]] = []
 
-    def forward(self) -> Observed:
-        """What the last stage makes."""
-        sent: list[Tensor] = []
-        returned: Any = None
+    def forward(self) -> tuple[Observed, Observed]:
+        """What the last stage makes, and what it makes in a second step."""
+        first, second = Replayed(None, [], {}), Replayed(None, [], {})
         for passage in self._passages:
-            self._arrived.append([tensor.detach() for tensor in sent])
+            self._arrived.append([tensor.detach() for tensor in first.sent])
             with untouched(self._root):
-                made = self._run(passage, self._arrived[-1])
-            sent, returned = made.sent, made.returned
-        observed: Observed = returned
-        return observed
+                first = self._run(passage, [tensor.clone() for tensor in self._arrived[-1]])
+                second = self._run(passage, [tensor.detach().clone() for tensor in second.sent])
+        return first.returned, second.returned
 
     def backward(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of each weight, summed over the stages, from the last to the first.
@@ -131,4 +132,4 @@ def _gradients(
     pairs = [(out, g) for out, g in zip(outputs, arriving) if out is not None and out.requires_grad and g is not None]
     if not pairs or not inputs:
         return [None] * len(inputs)
-    return list(torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True))
+    return gradients([o for o, _ in pairs], [g for _, g in pairs], inputs)

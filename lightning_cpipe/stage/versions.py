@@ -130,6 +130,9 @@ class Versions:
         """
         with torch.autograd._unsafe_preserve_version_counter(tuple(self._parameters)):
             yield
+        # An optimizer may bind the parameters to other memory (`p.data = ...`) instead of writing into theirs.
+        if any(p.data_ptr() != data.data_ptr() for p, data in zip(self._parameters, self._newest.data)):
+            self._newest = Version([parameter.data for parameter in self._parameters])
 
     def _point_at(self, version: Version) -> None:
         for parameter, data in zip(self._parameters, version.data):

@@ -107,7 +107,12 @@ def own_state_dict(state_dict: State, module: nn.Module, cut: Cut, stage: int, s
 
 
 def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, names: Mapping[int, str]) -> State:
-    """What `optimizer` loads on this stage, out of the state of the uncut module's optimizer."""
+    """What `optimizer` loads on this stage, out of the state of the uncut module's optimizer.
+
+    Raises:
+        ValueError: if the groups are not those of the uncut module's optimizer; as `Optimizer.load_state_dict` has it.
+    """
+    _require_same_sizes([len(group["params"]) for group in saved["param_groups"]], list(map(len, order.groups)))
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     for group, saved_group, group_names in zip(optimizer.param_groups, saved["param_groups"], order.groups):
@@ -120,6 +125,13 @@ def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, n
             numbers.append(own_number)
         groups.append({**saved_group, "params": numbers})
     return {"state": state, "param_groups": groups}
+
+
+def _require_same_sizes(saved: list[int], own: list[int]) -> None:
+    if len(saved) != len(own):
+        raise ValueError("loaded state dict has a different number of parameter groups")
+    if saved != own:
+        raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's group")
 
 
 def _joined_optimizer(saved: State, states: Sequence[State], order: GroupOrder) -> State:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import atexit
 import logging
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from lightning_cpipe.transport.liveness import FirstCause, say
+from lightning_cpipe.transport.liveness import GRACE_S, FirstCause, say
 
 log = logging.getLogger(__name__)
 
@@ -59,3 +63,24 @@ class Ending:
             action()
         if self._cause is not None:
             say(self._cause)
+
+
+def in_words(error: BaseException) -> str:
+    """An exception as part of a sentence."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted from the keyboard"
+    # What a worker of a DataLoader raised brings its whole traceback along.
+    text, _, original = str(error).strip().partition("\nOriginal Traceback")
+    text = " ".join([text, *original.splitlines()[-1:]])
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def wait_for(children: Sequence[subprocess.Popen[bytes] | BaseProcess]) -> None:
+    """Wait until the ranks that this process started have ended by themselves; end those that do not."""
+    deadline = time.monotonic() + 2 * GRACE_S
+    for child in children:
+        wait = child.join if isinstance(child, BaseProcess) else child.wait
+        with suppress(subprocess.TimeoutExpired):
+            wait(timeout=max(0.0, deadline - time.monotonic()))
+        child.kill()
+        wait()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
 from typing_extensions import override
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
@@ -90,6 +91,13 @@ class LookaheadFetcher(DataFetcher):
         self._planned_steps: int | None = None
         self.released: Drawn | None = None
         """The mini-batch that the loop is at."""
+
+    @override
+    def setup(self, combined_loader: CombinedLoader) -> None:
+        """Draw from these loaders; those of an epoch may be made anew when it begins."""
+        super().setup(combined_loader)
+        self._queue.clear()
+        self._epoch = -1
 
     @override
     def __iter__(self) -> LookaheadFetcher:

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of
@@ -51,11 +52,28 @@ def arrange_hooks(
             instead_of(module, _EPOCH_END[step], _nothing) for step, found in cut.steps.items() if found.leaves_behind
         ]
     if "training_step" in cut.steps:
-        undo.append(_share_after_epoch_end(module, sharing))
+        undo += [_share_before_epoch_end(trainer, sharing), _share_after_epoch_end(module, sharing)]
         undo += [_refuse_to_skip(module)] if is_overridden("on_train_batch_start", module) else []
     # Lightning's summary and TensorBoard would run it through the whole module, which no rank has.
     undo.append(instead_of(module, "_example_input_array", None))
     return undo
+
+
+class _ShareFirst(pl.Callback):
+    """Comes before all other callbacks, which may read the metrics of the epoch."""
+
+    def __init__(self, sharing: Sharing) -> None:
+        self._sharing = sharing
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sharing.metrics("epoch's steps")
+
+
+def _share_before_epoch_end(trainer: pl.Trainer, sharing: Sharing) -> Callable[[], None]:
+    callbacks, ours = callbacks_of(trainer), _ShareFirst(sharing)
+    callbacks.insert(0, ours)
+    return lambda: callbacks.remove(ours)
 
 
 def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Callable[[], None]:

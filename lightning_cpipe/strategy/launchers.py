@@ -7,20 +7,24 @@ a failed run is told in one sentence that names stage, rank, mini-batch and the 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from typing_extensions import override
 
 from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import (
     MultiProcessingLauncher,
     SubprocessScriptLauncher,
@@ -28,7 +32,7 @@ from lightning_cpipe.strategy.lightning_private import (
     start_children,
 )
 from lightning_cpipe.transport.last_words import read_last_words
-from lightning_cpipe.transport.liveness import GRACE_S, FirstCause, say
+from lightning_cpipe.transport.liveness import GRACE_S, LAUNCHER, FirstCause, say
 
 POLL_S = 0.2
 """Seconds between two looks at the children."""
@@ -61,10 +65,30 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self._strategy.refuse_early(trainer)
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally and not self.procs:
-            start_children(self)
+            with _as_launcher():
+                start_children(self)
             _ChildWatch(self.procs, self._strategy).start()
         set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            if self.procs and not dist.is_initialized():
+                self._give_up(error)
+            raise
+
+    @override
+    def kill(self, signum: int) -> None:
+        if signum == signal.SIGKILL:
+            # So Lightning ends an interrupted run. The children know already; they end by themselves, and tidy up.
+            wait_for(self.procs)
+        super().kill(signum)
+
+    def _give_up(self, error: BaseException) -> None:
+        """This rank, the first, failed before the others met it: they would wait for it."""
+        for child in self.procs:
+            child.kill()
+        cause = FirstCause.of(0, self._strategy.stage_of(0), f"before it began: {in_words(error)}")
+        Ending().because(cause, error, echo=False)
 
 
 class ProcessLauncher(MultiProcessingLauncher):
@@ -81,9 +105,15 @@ class ProcessLauncher(MultiProcessingLauncher):
         with tempfile.TemporaryDirectory(prefix="lightning_cpipe_") as folder:
             strategy.words_folder = Path(folder)
             try:
-                return super().launch(function, *args, trainer=trainer, **kwargs)
+                # Lightning leaves the port behind; the next run shall look for one of its own.
+                with _as_launcher("MASTER_PORT"):
+                    return super().launch(function, *args, trainer=trainer, **kwargs)
             except ProcessException as error:
                 raise _explained(error, strategy) from error
+            except BaseException:
+                # After Ctrl+C the ranks are about to end by themselves, and still write into the folder.
+                wait_for(self.procs)
+                raise
             finally:
                 strategy.words_folder = None
 
@@ -91,22 +121,31 @@ class ProcessLauncher(MultiProcessingLauncher):
     def on_exception(self, error: BaseException) -> None:
         # Lightning tells the strategy of an exception in the main process only, which knows nothing of the pipeline.
         self._strategy.on_exception(error)
+        if not isinstance(error, Exception):
+            # SIGTERM and Ctrl+C would end this process with status 0: the launcher would wait for its result.
+            raise SystemExit(1) from error
 
 
 class _ChildWatch(threading.Thread):
     """Ends the main process if a child is gone and the main thread, which may wait for it, does not notice.
 
     That is so while the ranks still look for each other; later, every rank watches all others.
+
+    Args:
+        children: the further ranks.
+        strategy: knows their stages.
     """
 
     def __init__(self, children: list[subprocess.Popen[bytes]], strategy: Launched) -> None:
         super().__init__(name="lightning_cpipe-children", daemon=True)
         self._children = children
         self._strategy = strategy
+        self._have_met = False
 
     @override
     def run(self) -> None:
         while any(child.poll() is None for child in self._children):
+            self._have_met |= dist.is_initialized()
             failed = next((i for i, child in enumerate(self._children) if child.poll()), None)
             if failed is not None:
                 self._end(failed + 1)
@@ -117,13 +156,35 @@ class _ChildWatch(threading.Thread):
             self._end(failed + 1)
 
     def _end(self, rank: int) -> None:
-        # The main thread may know better why, and end the process first.
-        time.sleep(2 * GRACE_S)
+        if self._have_met:
+            # The main thread may know better why, and end the process first.
+            time.sleep(2 * GRACE_S)
+        if not threading.main_thread().is_alive():
+            # It is about to, once the loggers have said goodbye.
+            return
         status = self._children[rank - 1].returncode
         say(FirstCause.of(rank, self._strategy.stage_of(rank), f"its process ended with status {status}"))
         for child in self._children:
             child.kill()
         os._exit(1)
+
+
+@contextmanager
+def _as_launcher(*restored: str) -> Iterator[None]:
+    """Processes started inside know that this one launched them, and end with it.
+
+    Args:
+        restored: environment variables that are afterwards as they were before.
+    """
+    before = {name: os.environ.get(name) for name in (LAUNCHER, *restored)}
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _explained(error: ProcessException, strategy: Launched) -> RankLostError:

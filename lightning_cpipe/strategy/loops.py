@@ -7,7 +7,7 @@ attributes, so that checkpoints are interchangeable with those of any other stra
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher
+from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher, Released
 from lightning_cpipe.strategy.lightning_private import (
     AutomaticOptimization,
     DataFetcher,
@@ -28,6 +29,7 @@ from lightning_cpipe.strategy.lightning_private import (
     TrainingEpochLoop,
     adopt,
     as_of,
+    instead_of,
 )
 
 
@@ -119,7 +121,13 @@ class PipelineFitLoop(FitLoop):
 
     @override
     def make_fetcher(self) -> LookaheadFetcher:
-        return self.pipeline.make_fetcher()
+        # When the loaders are made anew between epochs, the numbers of the mini-batches go on.
+        return self.fetcher if isinstance(self.fetcher, LookaheadFetcher) else self.pipeline.make_fetcher()
+
+    @override
+    def run(self) -> None:
+        with _not_transferred_twice(self.trainer):
+            super().run()
 
     @override
     def on_run_start(self) -> None:
@@ -197,6 +205,30 @@ def fetcher_of(trainer: pl.Trainer) -> LookaheadFetcher:
             "There is nothing to train: `limit_train_batches` is 0, or the module has no `training_step`."
         )
     return loop.fetcher
+
+
+@contextmanager
+def _not_transferred_twice(trainer: pl.Trainer) -> Iterator[None]:
+    """Inside, the user's `on_before_batch_transfer` is not asked about a mini-batch that was prepared before."""
+    hook = "on_before_batch_transfer"
+    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    undo = [
+        instead_of(owner, hook, _but_not_released(getattr(owner, hook)))
+        for owner in owners
+        if owner is not None and is_overridden(hook, owner)
+    ]
+    try:
+        yield
+    finally:
+        for each in undo:
+            each()
+
+
+def _but_not_released(users_hook: Callable[..., Any]) -> Callable[..., Any]:
+    def on_before_batch_transfer(batch: Any, dataloader_idx: int) -> Any:
+        return batch if isinstance(batch, Released) else users_hook(batch, dataloader_idx)
+
+    return on_before_batch_transfer
 
 
 @contextmanager

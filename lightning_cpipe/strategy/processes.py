@@ -14,11 +14,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 
 from lightning_cpipe.errors import RankLostError
-from lightning_cpipe.strategy.ending import Ending
+from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.transport.last_words import LastWords
-from lightning_cpipe.transport.liveness import GRACE_S, Watch, sentence_if_killed
+from lightning_cpipe.transport.liveness import ORPHANED, Guard, Watch, launcher, say, sentence_if_killed
 from lightning_cpipe.transport.wiring import Lanes, Wiring
 
 START_UP = timedelta(minutes=10)
@@ -55,7 +55,10 @@ class Processes:
         self._words: LastWords | None = None
         self._ending = Ending()
         self._backend = backend or default_backend_for(device)
+        self._launcher = launcher()
+        self._guard = Guard(self.rank, self.stage, self._launcher)
         if num_stages > 1:
+            self._guard.start()
             init_dist_connection(environment, self._backend, timeout=START_UP)
         self.control = Control(num_stages)
         if num_stages > 1:
@@ -75,9 +78,10 @@ class Processes:
         self._words = LastWords(sentence_if_killed(self.rank, self.stage), path)
         stages = [stage_of(rank, self.num_stages) for rank in range(self.num_stages)]
         run = self.control.share(uuid.uuid4().hex)
-        self._watch = Watch(self.rank, stages, run, silence_s, self._words)
+        self._watch = Watch(self.rank, stages, run, silence_s, self._words, self._launcher)
         self.control.barrier()
         self._watch.start()
+        self._guard.stop()
 
     def end(self) -> None:
         """All went well; returns once it did on every rank."""
@@ -114,15 +118,23 @@ class Processes:
         if isinstance(error, RankLostError):
             cause = watch.explain(error.lost)
         else:
-            cause = watch.report(f"{where}: {_in_words(error)}")
+            # Children of a launcher that is gone are interrupted.
+            orphaned = watch.is_orphan and isinstance(error, KeyboardInterrupt)
+            cause = watch.report(ORPHANED if orphaned else f"{where}: {in_words(error)}")
         echo = cause.rank != self.rank
         if isinstance(error, RankLostError):
             error.args = (cause.text,)
         watch.stop()
         words.replace(cause.text)
-        self._ending.because(cause if watch.is_spokesman else None, error, echo=echo)
-        for child in children:
-            self._ending.afterwards(partial(_wait_for, child))
+        says = cause if watch.is_spokesman else None
+        if watch.is_orphan and words.is_awaited:
+            # Nobody will read the words, and what `multiprocessing` made may end without `atexit`.
+            if says is not None:
+                say(says)
+            says = None
+            words.forget(with_folder=True)
+        self._ending.because(says, error, echo=echo)
+        self._ending.afterwards(partial(wait_for, children))
         # The words of the rank that failed are for others to read; whoever speaks removes them.
         self._ending.afterwards(watch.clean_up)
         if echo:
@@ -139,18 +151,3 @@ class Processes:
         if self._backend == "gloo" and self._wiring is not None:
             self._wiring.abandon()
             dist.destroy_process_group()
-
-
-def _wait_for(child: subprocess.Popen[bytes]) -> None:
-    """Wait until a rank that this process started has ended by itself; end it if it does not."""
-    try:
-        child.wait(timeout=2 * GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-
-
-def _in_words(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted from the keyboard"
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -56,8 +56,10 @@ def reasons_in_options(
             f"num_microbatches={num_microbatches}: the continuous schedule streams whole mini-batches; micro-batches"
             f" come with the flush schedules. {LATER}"
         )
-    if versions != "stash":
+    if versions == "latest":
         yield f"versions={versions!r}: only 'stash' for now. {LATER}"
+    elif versions != "stash":
+        yield f"versions={versions!r}: there is none of that name; there are 'stash' and 'latest'."
     if remedy is not None:
         yield f"remedy={remedy!r}: none for now. {LATER}"
     if extra_in_flight < 0:

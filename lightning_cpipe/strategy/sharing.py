@@ -8,6 +8,7 @@ no rank waits for a word that waits for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Sharing:
             return
         self._heard = self._listen("step")
         if self._heard.loss is not None:
-            output["loss"] = torch.tensor(self._heard.loss)
+            output["loss"] = _tensor(self._heard.loss)
 
     def after_step_hooks(self) -> None:
         """The hooks of a local step are done: every rank stops after the same one."""
@@ -107,6 +108,8 @@ class Sharing:
         numbers = self.agree("loader", _numbers(outputs[-1]) if self.leads else None)
         if not self.leads:
             outputs[-1] = _tensors(numbers)
+        # The hooks at the end of the evaluation's epoch may read them, before they log any themselves.
+        self.metrics("loader's metrics")
 
     def agree(self, topic: str, content: Any) -> Any:
         """What the last stage has to say on a topic, on every rank."""
@@ -148,4 +151,10 @@ def _numbers(metrics: dict[str, Tensor]) -> Numbers:
 
 
 def _tensors(numbers: Numbers) -> dict[str, Tensor]:
-    return {name: torch.tensor(value) for name, value in numbers.items()}
+    return {name: _tensor(number) for name, number in numbers.items()}
+
+
+def _tensor(number: float) -> Tensor:
+    """Of double precision where single precision would not be what the last stage has."""
+    single = torch.tensor(number, dtype=torch.float32)
+    return single if float(single) == number or math.isnan(number) else torch.tensor(number, dtype=torch.float64)

@@ -39,7 +39,12 @@ from lightning_cpipe.strategy.cutting import agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
-from lightning_cpipe.strategy.lightning_private import callbacks_of, optimizers_to_device, take_over_sigterm
+from lightning_cpipe.strategy.lightning_private import (
+    callbacks_of,
+    instead_of,
+    optimizers_to_device,
+    take_over_sigterm,
+)
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
@@ -53,6 +58,7 @@ from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.whole import Whole
+from lightning_cpipe.tree import flatten
 
 _ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
 
@@ -312,7 +318,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         if self.num_stages > 1:
-            self._whole = Whole(module, self.optimizers, cut, self.stage, self.processes.control)
+            # An evaluation has none; those of a fit before may still be here.
+            optimizers = self.optimizers if fitting else []
+            self._whole = Whole(module, optimizers, cut, self.stage, self.processes.control)
             self._whole.take_apart()
         self.model_to_device()
         self.setup_precision_plugin()
@@ -333,8 +341,19 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        super().setup_optimizers(trainer)
-        refuse(reasons_in_optimizers(self.optimizers))
+        users_hook = self._module.configure_optimizers
+
+        def configure_optimizers() -> Any:
+            # Lightning would advise manual optimization for several of them.
+            configured = users_hook()
+            refuse(reasons_in_optimizers([each for each in flatten(configured)[0] if isinstance(each, Optimizer)]))
+            return configured
+
+        undo = instead_of(self._module, "configure_optimizers", configure_optimizers)
+        try:
+            super().setup_optimizers(trainer)
+        finally:
+            undo()
 
     @override
     def model_to_device(self) -> None:

@@ -12,6 +12,7 @@ import mmap
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _DIGITS = 12
@@ -29,6 +30,7 @@ class LastWords:
     def __init__(self, sentence: str, path: Path | None = None) -> None:
         agents_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         self._for_agent = path is None and agents_file is not None
+        self._folder = None if path is None else path.parent
         self.is_awaited = path is not None or self._for_agent
         """Whether the process that launched this one reads the file at the end, and removes it."""
         self.path = path or Path(agents_file or _temporary_file())
@@ -48,16 +50,27 @@ class LastWords:
         self._close()
         self._write(text)
 
-    def forget(self) -> None:
-        """The rank ended well."""
+    def replace_at(self, path: Path, text: str) -> None:
+        """Say it in place of another rank, whose file this is and which can't any more."""
+        # A new file in one move: whoever reads meanwhile sees the old words or the new ones.
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(_agents_report(text) if self._for_agent else text)
+        fresh.replace(path)
+
+    def forget(self, *, with_folder: bool = False) -> None:
+        """The rank ended well, or nobody will ask.
+
+        Args:
+            with_folder: whether the launcher, which made the folder, is gone; the last rank removes it.
+        """
         self._close()
         self.path.unlink(missing_ok=True)
+        if with_folder and self._folder is not None:
+            with suppress(OSError):
+                self._folder.rmdir()
 
     def _write(self, text: str) -> None:
-        # A new file in one move: whoever reads meanwhile sees the old words or the new ones.
-        fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        fresh.write_text(_agents_report(text) if self._for_agent else text)
-        fresh.replace(self.path)
+        self.replace_at(self.path, text)
 
     def _close(self) -> None:
         if self._map is not None:

@@ -4,18 +4,21 @@ The data groups never time out, and a rank that waits on them learns of a death 
 each process has a thread that beats twice a second on a key-value store, and looks there for what others said. The
 first that has something to say is the first cause, for everyone; what comes after it are echoes.
 
-A process whose main thread does not end by itself once the first cause is known is ended by this thread, after a
-moment of grace; so is one whose launcher is gone.
+A second thread asks nobody, so nothing can keep it waiting, not even a store whose process hangs. It ends a process
+whose main thread does not end by itself once the first cause is known, after a moment of grace; so is one ended whose
+launcher is gone. A rank of this machine that hangs is killed: its launcher would wait for it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +58,65 @@ class FirstCause(NamedTuple):
 
 
 GONE = "its process is gone (killed?)"
+SILENT = "it was silent for"
+ORPHANED = "the process that launched it is gone"
+
+LAUNCHER = "LIGHTNING_CPIPE_LAUNCHER"
+"""The environment variable in which a launcher of this package tells the ranks its process id."""
+
+
+def launcher() -> int | None:
+    """The process that launched this rank; None where a rank does not end with the process that started it.
+
+    Rank 0 of a script, for one: it goes on when the shell that it was started from is closed.
+    """
+    told = os.environ.get(LAUNCHER)
+    if told is not None:
+        return int(told)
+    return os.getppid() if dist.is_torchelastic_launched() else None
+
+
+def is_orphan(launcher: int | None) -> bool:
+    """Whether the process that launched this one is gone."""
+    return launcher is not None and os.getppid() != launcher
 
 
 def sentence_if_killed(rank: int, stage: int) -> str:
     """The last words of a rank that could not say any."""
     return FirstCause.of(rank, stage, f"{GONE}; it was at mini-batch {{batch}}").text
+
+
+class Guard:
+    """Ends this process if the one that launched it is gone while the ranks do not watch each other yet.
+
+    Args:
+        rank: this process's global rank.
+        stage: the stage of this rank.
+        launcher: the process that launched this one, if this one is to end with it.
+    """
+
+    def __init__(self, rank: int, stage: int, launcher: int | None) -> None:
+        self._cause = FirstCause.of(rank, stage, ORPHANED)
+        self._launcher = launcher
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lightning_cpipe-guard", daemon=True)
+
+    def start(self) -> None:
+        """Begin; does nothing where this process may outlive the one that started it."""
+        if self._launcher is not None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """The ranks watch each other from here on."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(BEAT_S):
+            if is_orphan(self._launcher):
+                # One is enough to say it; rank 0 may be the launcher.
+                if self._cause.rank == 1:
+                    say(self._cause)
+                os._exit(1)
 
 
 class Watch:
@@ -71,19 +128,23 @@ class Watch:
         run: tells this run's keys from those of others on the same store.
         silence_s: seconds without a beat after which a rank counts as dead.
         words: this rank's last words.
+        launcher: the process that launched this one, if this one is to end with it.
     """
 
-    def __init__(self, rank: int, stages: list[int], run: str, silence_s: float, words: LastWords) -> None:
+    def __init__(
+        self, rank: int, stages: list[int], run: str, silence_s: float, words: LastWords, launcher: int | None = None
+    ) -> None:
         self._rank = rank
         self._stages = stages
         self._silence_s = silence_s
         self._words = words
-        self._parent = os.getppid()
+        self._launcher = launcher
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._cause: FirstCause | None = None
-        self._beats: dict[int, tuple[bytes, float]] = {}
-        self._words_of: dict[int, str] = {}
+        self._looks = 0
+        self._beats: dict[int, tuple[bytes, int]] = {}
+        self._words_of: dict[int, Path] = {}
         self._pids: dict[int, int] = {}
         # A connection of its own: the main thread may hold the other one, waiting.
         self._store = dist.PrefixStore(
@@ -96,7 +157,10 @@ class Watch:
             ),
         )
         self._store.set(f"place/{rank}", json.dumps([_machine(), os.getpid(), str(words.path)]))
-        self._thread = threading.Thread(target=self._run, name="lightning_cpipe-watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._ask, name="lightning_cpipe-beat", daemon=True),
+            threading.Thread(target=self._watch, name="lightning_cpipe-watch", daemon=True),
+        ]
 
     @property
     def is_spokesman(self) -> bool:
@@ -104,20 +168,28 @@ class Watch:
         cause = self._cause
         return cause is not None and self._rank == (1 if cause.rank == 0 and cause.is_mute else 0)
 
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the process that launched this one is gone."""
+        return is_orphan(self._launcher)
+
     def start(self) -> None:
         """Begin; all ranks are there by now."""
         for rank in range(len(self._stages)):
             machine, pid, path = json.loads(self._store.get(f"place/{rank}"))
             if machine == _machine():
                 self._pids[rank] = pid
-                self._words_of[rank] = path
-        self._thread.start()
+                self._words_of[rank] = Path(path)
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """From here on, silence of others means nothing."""
         self._stopping.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                # A store that hangs would keep it.
+                thread.join(GRACE_S)
 
     def report(self, story: str) -> FirstCause:
         """Say that this rank failed.
@@ -135,75 +207,109 @@ class Watch:
         """
         deadline = time.monotonic() + 4 * BEAT_S
         while self._cause is None and time.monotonic() < deadline:
+            # Connections break a moment before a killed process counts as gone.
+            self._stopping.wait(0.05)
             self._look()
-            self._stopping.wait(0.02)
-        if self._cause is None:
-            self._agree(self._gone(self._rank if lost is None else lost))
-        assert self._cause is not None
-        return self._cause
+        return self._cause or self._agree(self._gone(self._rank if lost is None else lost))
 
     def linger(self) -> None:
         """Let the rank that failed first end first."""
         time.sleep(LINGER_S)
 
-    def _run(self) -> None:
-        while not self._stopping.wait(BEAT_S):
-            self._look()
-            if self._cause is not None:
-                self._end()
-                return
+    def _ask(self) -> None:
+        """The thread that beats and listens."""
+        while self._cause is None and not self._stopping.wait(BEAT_S):
+            self._look(listen=True)
+            self._looks += 1
 
-    def _look(self) -> None:
-        with self._lock:
-            if self._cause is not None:
+    def _watch(self) -> None:
+        """The thread that asks nobody."""
+        looks = unanswered = 0
+        while self._cause is None and not self._stopping.wait(BEAT_S):
+            looks, before = self._looks, looks
+            unanswered = unanswered + 1 if looks == before else 0
+            if self._is_silence(unanswered) and not self._may_store_be_slow():
+                self._conclude(self._silence(0))
+        if self._cause is not None:
+            if SILENT in self._cause.text:
+                self._put_down(self._cause)
+            self._end()
+
+    def _look(self, *, listen: bool = False) -> None:
+        """Say that this rank lives, and see what others said, and with `listen` whether they live."""
+        if not _is_there(self._pids.get(0)):
+            # It may hold the store; asking there would fail, and torch would complain at length.
+            self._conclude(self._gone(0))
+            return
+        if self.is_orphan:
+            self._conclude(FirstCause.of(self._rank, self._stages[self._rank], ORPHANED))
+            return
+        try:
+            self._store.set(f"beat/{self._rank}", repr(time.time()))
+            if self._store.check(["cause"]):
+                self._conclude(FirstCause(*json.loads(self._store.get("cause"))))
                 return
-            if not _is_there(self._pids.get(0)):
-                # It may hold the store; asking there would fail, and torch would complain at length.
-                self._cause = self._gone(0)
-                return
-            try:
-                self._store.set(f"beat/{self._rank}", repr(time.time()))
-                if self._store.check(["cause"]):
-                    self._cause = FirstCause(*json.loads(self._store.get("cause")))
-                    return
-                silent = self._silent()
-            except dist.DistError:
-                # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
-                self._cause = None if self._stopping.is_set() else self._gone(0)
-                return
-            if os.getppid() != self._parent:
-                story = "the process that launched it is gone"
-                self._cause = FirstCause.of(self._rank, self._stages[self._rank], story)
-                return
+            silent = self._silent() if listen else None
+        except dist.DistError:
+            # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
+            if not self._stopping.is_set():
+                self._conclude(self._gone(0))
+            return
         if silent is not None:
-            story = f"it was silent for {self._silence_s:g} s"
-            self._agree(FirstCause.of(silent, self._stages[silent], story, is_mute=True))
+            self._agree(self._silence(silent))
 
     def _silent(self) -> int | None:
         """A rank whose beat has not changed for too long."""
-        now = time.monotonic()
         for rank in range(len(self._stages)):
             beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
-            if self._beats.setdefault(rank, (beat, now))[0] != beat:
-                self._beats[rank] = (beat, now)
-            if now - self._beats[rank][1] > self._silence_s:
+            before, unchanged = self._beats.get(rank, (b"", 0))
+            unchanged = unchanged + 1 if beat == before else 0
+            self._beats[rank] = beat, unchanged
+            if self._is_silence(unchanged):
                 return rank
         return None
+
+    def _is_silence(self, looks: int) -> bool:
+        """Whether nothing new in that many looks is too long.
+
+        Looks are counted, not seconds: when all processes were suspended for a while, nobody was silent.
+        """
+        return looks * BEAT_S > self._silence_s
+
+    def _may_store_be_slow(self) -> bool:
+        """Whether the store may hang while all ranks live: torchrun's agent holds it, and was suspended alone."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and 0 in self._pids
+
+    def _silence(self, rank: int) -> FirstCause:
+        return FirstCause.of(rank, self._stages[rank], f"{SILENT} {self._silence_s:g} s", is_mute=True)
+
+    def _put_down(self, cause: FirstCause) -> None:
+        """Kill a rank of this machine that hangs, and say why in its place."""
+        if cause.rank in self._pids and cause.rank != self._rank:
+            with suppress(OSError):
+                self._words.replace_at(self._words_of[cause.rank], cause.text)
+            with suppress(OSError):
+                os.kill(self._pids[cause.rank], signal.SIGKILL)
 
     def _gone(self, rank: int) -> FirstCause:
         words = read_last_words(self._words_of[rank]) if rank in self._words_of else None
         if words is not None:
-            return FirstCause(rank, words, is_mute=GONE in words)
+            return FirstCause(rank, words, is_mute=GONE in words or SILENT in words)
         return FirstCause.of(rank, self._stages[rank], GONE, is_mute=True)
 
     def _agree(self, cause: FirstCause) -> FirstCause:
         """What is said first counts."""
+        if self._cause is not None:
+            return self._cause
+        try:
+            return self._conclude(FirstCause(*json.loads(self._store.compare_set("cause", "", json.dumps(cause)))))
+        except dist.DistError:
+            return self._conclude(cause if cause.rank == self._rank else self._gone(0))
+
+    def _conclude(self, cause: FirstCause) -> FirstCause:
+        """What this process found out first counts here. Nothing is asked while the lock is held."""
         with self._lock:
-            if self._cause is None:
-                try:
-                    self._cause = FirstCause(*json.loads(self._store.compare_set("cause", "", json.dumps(cause))))
-                except dist.DistError:
-                    self._cause = cause if cause.rank == self._rank else self._gone(0)
+            self._cause = self._cause or cause
             return self._cause
 
     def _end(self) -> None:
@@ -214,8 +320,8 @@ class Watch:
         if self.is_spokesman:
             say(self._cause)
         self.clean_up()
-        if self._cause.rank != self._rank and not self._words.is_awaited:
-            self._words.forget()
+        if self.is_orphan or (self._cause.rank != self._rank and not self._words.is_awaited):
+            self._words.forget(with_folder=self.is_orphan)
         os._exit(1)
 
     def clean_up(self) -> None:
@@ -224,7 +330,7 @@ class Watch:
             return
         path = self._words_of.get(self._cause.rank)
         if path is not None:
-            Path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _machine() -> list[str]:

@@ -141,6 +141,34 @@ def fit_on_rank(
     return seen
 
 
+def in_pipeline(stages: int, scenario: Callable[..., Any]) -> list[Any]:
+    """What `scenario(**options)` returns on each rank; with `options`, a Trainer runs in a pipeline."""
+    return run_ranks(lambda _: scenario(strategy=ContinuousPipeStrategy(), devices=stages), stages)
+
+
+def alone(scenario: Callable[..., Any]) -> Any:
+    """What `scenario(**options)` returns in plain Lightning, on one device."""
+    return run_ranks(lambda _: scenario(strategy="auto", devices=1), 1)[0]
+
+
+def require_plain_results(
+    stages: int, module: Callable[[], pl.LightningModule], train: Callable[[], Any], **options: Any
+) -> Seen:
+    """An epoch with one update at its end has no delay, so that plain Lightning gives the same bits for any p.
+
+    Returns:
+        What rank 0 saw.
+    """
+    options = {"max_epochs": 1, "accumulate_grad_batches": 1000, **options}
+    seen = fit_in_pipeline(stages, module, train, **options)[0]
+    plain = fit_alone(module, train, **options)
+    assert seen.losses == plain.losses
+    assert len(seen.losses) > 0
+    assert seen.metrics == plain.metrics
+    require_same_bits(seen.weights, plain.weights)
+    return seen
+
+
 def require_same_bits(a: Numbers, b: Numbers) -> None:
     """Every tensor equal to the bit."""
     assert a.keys() == b.keys()

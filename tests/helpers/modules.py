@@ -31,7 +31,7 @@ class Chain(pl.LightningModule):
     Args:
         depth: blocks.
         dropout: in each.
-        optimizer: ``sgd`` (with momentum) or ``adamw``.
+        optimizer: ``sgd`` (with momentum), ``plain_sgd`` (without), ``adam`` or ``adamw``.
         schedule: ``step`` or ``epoch``: how often a StepLR steps; None for no scheduler.
         noise: whether `training_step` adds noise of its own.
     """
@@ -91,6 +91,10 @@ class make_optimizer:  # noqa: N801
     def __call__(self, parameters: list[nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
         if self._optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, 0.05, momentum=0.9)
+        elif self._optimizer == "plain_sgd":
+            optimizer = torch.optim.SGD(parameters, 0.05)
+        elif self._optimizer == "adam":
+            optimizer = torch.optim.Adam(parameters, 0.01)
         else:
             optimizer = torch.optim.AdamW(parameters, 0.01)
         if self._schedule is None:

@@ -1,0 +1,60 @@
+"""Shapes are told once for each signature of a batch, and give the specs of what crosses, in the message's order."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_cpipe.engine.shapes import Shapes, gradient_specs_of, specs_of
+from lightning_cpipe.stage.cut import Crossing, Passage, StepCut, Value
+from lightning_cpipe.tree import Template, TensorSpec, signature
+
+
+def table(size: int) -> dict[tuple[str, int], Template]:
+    """The templates for batches of this size."""
+    return {
+        ("embed", 0): Template.of((torch.zeros(size, 2), None, torch.zeros(size, dtype=torch.int64))),
+        ("embed", 1): Template.of(torch.zeros(size, 7)),
+        ("block", 0): Template.of({"hidden": torch.zeros(size, 5, dtype=torch.bfloat16)}),
+    }
+
+
+CROSSINGS = (
+    Crossing(Value("block", 0, 0), gradient=True, rewritten=False),
+    Crossing(Value("embed", 0, 1), gradient=False, rewritten=False),
+    Crossing(Value("embed", 1, 0), gradient=True, rewritten=True),
+)
+
+
+def shapes() -> Shapes:
+    """Those of a step whose probe saw a batch of 3."""
+    return Shapes(StepCut((Passage(0),), signature(torch.zeros(3, 2)), table(3)))
+
+
+def test_what_the_probe_saw_is_known_and_nothing_else() -> None:
+    known = shapes()
+    assert known.of(signature(torch.ones(3, 2))) == table(3)
+    for other in (torch.zeros(4, 2), torch.zeros(3, 2, dtype=torch.float64), [torch.zeros(3, 2)]):
+        assert known.of(signature(other)) is None
+
+
+def test_what_was_learnt_stays_known() -> None:
+    known = shapes()
+    known.learn(signature(torch.zeros(4, 2)), table(4))
+    assert known.of(signature(torch.zeros(4, 2))) == table(4)
+    assert known.of(signature(torch.zeros(3, 2))) == table(3)
+
+
+def test_the_specs_come_in_the_order_of_the_message() -> None:
+    assert specs_of(CROSSINGS, table(4)) == [
+        TensorSpec((4, 5), torch.bfloat16),
+        TensorSpec((4,), torch.int64),
+        TensorSpec((4, 7), torch.float32),
+    ]
+    assert specs_of((), table(4)) == []
+
+
+def test_only_what_has_a_gradient_comes_back() -> None:
+    assert gradient_specs_of(CROSSINGS, table(4)) == [
+        TensorSpec((4, 5), torch.bfloat16),
+        TensorSpec((4, 7), torch.float32),
+    ]

@@ -1,0 +1,233 @@
+"""Cuts plain modules, and runs their stages one after the other in this process.
+
+Each stage is a copy of the module of which only its own weights are left, as in a process of its own; what crosses
+goes from copy to copy by hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpipe.engine.shapes import Shapes
+from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.randomness import seeded
+from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.stage.step import Observed, Step
+from lightning_cpipe.stage.trial import close
+from lightning_cpipe.stage.weights import keep_only
+from lightning_cpipe.strategy.probing import find_cut
+from lightning_cpipe.tree import flatten, same_bits, signature
+
+CPU = torch.device("cpu")
+STEP = "training_step"
+SEED = 11
+
+Run = Callable[[nn.Module, Any], Any]
+"""A step of a module on a batch. Gives the loss, or `Observed`."""
+
+
+def forward_of(module: nn.Module, batch: Any) -> Any:
+    """The step of most modules here: `forward` gives the loss."""
+    return module(*batch)
+
+
+def step_of(root: nn.Module, batch: Any, run: Run = forward_of, name: str = STEP, seed: int = SEED) -> Step:
+    """A step of a plain module, as the strategy makes it of a LightningModule."""
+    trains = name == STEP
+
+    def call() -> Observed:
+        if not trains:
+            root.eval()
+        return observed(run(root, batch), trains)
+
+    return Step(name, call, trains, seed, signature(batch))
+
+
+def observed(returned: Any, trains: bool) -> Observed:
+    """What a step returned, as the probe looks at it."""
+    if isinstance(returned, Observed):
+        return returned
+    return Observed(returned, None) if trains else Observed(None, returned)
+
+
+def cut_of(
+    root: nn.Module,
+    batch: Any,
+    num_stages: int,
+    split_points: str | Sequence[str] = "auto",
+    check: Any = "auto",
+    run: Run = forward_of,
+    others: Mapping[str, Run] | None = None,
+) -> Cut:
+    """Cut a plain module; `others` are steps that do not train, by name."""
+    steps = [step_of(root, batch, run), *(step_of(root, batch, each, name) for name, each in (others or {}).items())]
+    return find_cut(root, steps, num_stages, split_points, CPU, check)
+
+
+@dataclass
+class Result:
+    """What a step of training gave, of the whole module or of its stages.
+
+    Attributes:
+        loss: of the mini-batch.
+        facts: what else it gave.
+        gradients: of each parameter that got one.
+        buffers: afterwards; of the stages, each from its home.
+    """
+
+    loss: Tensor
+    facts: Any
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+class Whole:
+    """A copy of the uncut module, to compare with.
+
+    Args:
+        root: is copied.
+        run: the step.
+        cut: the same module's cut into one stage, if it draws random numbers: what a pipeline of one stage draws is
+            what any other must draw.
+    """
+
+    def __init__(self, root: nn.Module, run: Run = forward_of, cut: Cut | None = None) -> None:
+        self.module = copy.deepcopy(root)
+        self._run = run
+        self._stage = None if cut is None else StageModule(self.module, cut, 0, CPU)
+
+    def step(self, batch: Any, seed: int = SEED) -> Result:
+        """One step: forward and backward."""
+        batch = copy.deepcopy(batch)
+        if self._stage is None:
+            with seeded(seed):
+                made = observed(self._run(self.module, batch), True)
+        else:
+            made = self._stage.forward(STEP, lambda: observed(self._run(self.module, batch), True), seed).returned
+        with nullcontext() if self._stage is None else self._stage.backward(seed):
+            made.loss.backward()
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        return Result(made.loss.detach(), made.facts, gradients, buffers)
+
+
+class Stages:
+    """All stages of a module, each a copy without the weights of the others.
+
+    Attributes:
+        modules: the copies.
+        shapes: what each stage knows of the shapes of each step.
+    """
+
+    def __init__(self, root: nn.Module, cut: Cut, run: Run = forward_of) -> None:
+        self.cut = cut
+        self.modules = [copy.deepcopy(root) for _ in range(cut.num_stages)]
+        for stage, module in enumerate(self.modules):
+            keep_only(module, cut, stage)
+        self.stages = [StageModule(module, cut, stage, CPU) for stage, module in enumerate(self.modules)]
+        self.shapes = [{name: Shapes(step) for name, step in cut.steps.items()} for _ in self.stages]
+        self._run = run
+
+    def step(self, batch: Any, seed: int = SEED) -> Result:
+        """One step: the forwards from the first stage to the last, the backwards in the other direction."""
+        received, sent, returned = self.forward(STEP, self._run, batch, seed)
+        gradients: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
+        coming: list[Tensor | None] = []
+        for number in reversed(range(len(self.stages))):
+            with self.stages[number].backward(seed):
+                if number == len(self.stages) - 1:
+                    returned.loss.backward()
+                else:
+                    pairs = [(out, g) for out, g in zip(sent[number], coming) if g is not None and out.requires_grad]
+                    if pairs:
+                        torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
+            coming = [
+                (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) if leaf.requires_grad else None
+                for leaf in received[number]
+            ]
+            for name, parameter in self.modules[number].named_parameters():
+                if parameter.grad is not None:
+                    assert name not in gradients, f"{name} gets a gradient on two stages"
+                    gradients[name], parameter.grad = parameter.grad, None
+            homes = self.cut.buffer_homes
+            buffers |= {n: b.clone() for n, b in self.modules[number].named_buffers() if homes[n] == number}
+        return Result(returned.loss.detach(), returned.facts, gradients, buffers)
+
+    def evaluate(self, name: str, run: Run, batch: Any, seed: int = SEED) -> Any:
+        """A step that does not train: what it returned."""
+        with torch.no_grad():
+            return self.forward(name, run, batch, seed)[2].facts
+
+    def forward(self, name: str, run: Run, batch: Any, seed: int) -> tuple[list[list[Tensor]], list[list[Tensor]], Any]:
+        """The forwards alone: what each stage received and sent, and what the last one returned."""
+        kind = signature(batch)
+        table: Any = None
+        received: list[list[Tensor]] = []
+        sent: list[list[Tensor]] = []
+        returned = None
+        for module, stage, known_shapes in zip(self.modules, self.stages, self.shapes):
+            shapes = known_shapes[name]
+            crossings = self.cut.steps[name].passages[stage.stage].receives
+            arriving = [t.detach().clone() for t in sent[-1]] if sent else []
+            received.append([t.requires_grad_(c.gradient) for t, c in zip(arriving, crossings)])
+            if table is not None:
+                shapes.learn(kind, table)
+            known = shapes.of(kind)
+            told = table is not None or known is None
+            step = partial(self._call, module, name, run, copy.deepcopy(batch))
+            made = stage.forward(name, step, seed, received[-1], known, describe=told)
+            if told:
+                table = {**(known or {}), **made.templates}
+                shapes.learn(kind, table)
+            sent.append(made.sent)
+            returned = made.returned
+        return received, sent, returned
+
+    def _call(self, module: nn.Module, name: str, run: Run, batch: Any) -> Observed:
+        return observed(run(module, batch), name == STEP)
+
+
+def require_same(stages: Result, whole: Result, exact: bool = True) -> None:
+    """The stages made what the whole module makes; to the bit, or up to rounding."""
+    same = same_bits if exact else close
+    assert same_bits([stages.loss], [whole.loss]), f"loss {stages.loss} instead of {whole.loss}"
+    assert same_bits(flatten(stages.facts)[0], flatten(whole.facts)[0])
+    assert stages.gradients.keys() == whole.gradients.keys()
+    different = [n for n in whole.gradients if not same([_dense(stages.gradients[n])], [_dense(whole.gradients[n])])]
+    assert not different, f"gradients differ: {different}"
+    different = [n for n in whole.buffers if not same_bits([stages.buffers[n]], [whole.buffers[n]])]
+    assert not different, f"buffers differ: {different}"
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def check_cut(
+    root: nn.Module,
+    batches: Sequence[Any],
+    num_stages: int,
+    *,
+    run: Run = forward_of,
+    exact: bool = True,
+    check: Any = "auto",
+    split_points: str | Sequence[str] = "auto",
+) -> Cut:
+    """Cut `root` at the first batch; all batches then give the uncut module's loss, gradients and buffers."""
+    cut = cut_of(root, copy.deepcopy(batches[0]), num_stages, split_points, check, run)
+    alone = cut_of(root, copy.deepcopy(batches[0]), 1, run=run) if cut.steps[STEP].draws else None
+    whole, stages = Whole(root, run, alone), Stages(root, cut, run)
+    for number, batch in enumerate(batches):
+        require_same(stages.step(batch, SEED + number), whole.step(batch, SEED + number), exact)
+    return cut

@@ -1,0 +1,72 @@
+"""Every rank runs Lightning's hooks in Lightning's order, as often as Lightning does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from tests.helpers.fits import alone, in_pipeline, quiet_trainer
+from tests.helpers.modules import Chain, noise_loader
+
+OF_CALLBACKS = [
+    name
+    for name in vars(pl.Callback)
+    if name.startswith("on_") and "exception" not in name and "checkpoint" not in name
+] + ["setup", "teardown"]
+
+OF_MODULE = [
+    name
+    for name in dir(pl.LightningModule)
+    if name.startswith("on_") and name != "on_gpu" and "checkpoint" not in name and "batch_transfer" not in name
+] + [
+    "setup", "teardown", "prepare_data", "configure_model", "configure_optimizers", "configure_callbacks",
+    "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step",
+]  # fmt: skip
+
+OF_RANK_0 = {"prepare_data", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end"}
+"""`prepare_data` runs once per machine; the others are given what a step returned, and rank 0 holds the last stage."""
+
+
+def noting(notes: list[str], owner: str, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        notes.append(f"{owner}.{name}")
+        return method(self, *args, **kwargs)
+
+    return noted
+
+
+def scenario(**options: Any) -> tuple[list[str], list[str]]:
+    """The hooks of a fit, and those of an evaluation of each kind after it."""
+    notes: list[str] = []
+    hooks = {name: noting(notes, "callback", name, getattr(pl.Callback, name)) for name in OF_CALLBACKS}
+    callback = type("Noting", (pl.Callback,), hooks)()
+    hooks = {name: noting(notes, "module", name, getattr(Chain, name)) for name in OF_MODULE}
+    module = type("NotingChain", (Chain,), hooks)(schedule="step", optimizer="plain_sgd")
+    trainer = quiet_trainer(
+        callbacks=[callback], max_epochs=2, val_check_interval=3, accumulate_grad_batches=2, **options
+    )
+    trainer.fit(module, noise_loader(samples=16), noise_loader(samples=5))
+    of_fit = notes.copy()
+    trainer.validate(module, noise_loader(samples=5), verbose=False)
+    trainer.test(module, noise_loader(samples=5), verbose=False)
+    trainer.predict(module, noise_loader(samples=5))
+    return of_fit, notes[len(of_fit) :]
+
+
+def of_other_ranks(notes: list[str]) -> list[str]:
+    return [note for note in notes if note.split(".")[1] not in OF_RANK_0]
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_hooks_run_in_lightnings_order_on_every_rank(p: int) -> None:
+    plain = alone(scenario)
+    assert {"callback.on_before_optimizer_step", "module.on_validation_model_train"} <= set(plain[0])
+    last, *others = in_pipeline(p, scenario)
+    for ours, lightnings in zip(last, plain, strict=True):
+        assert ours == lightnings
+    for of_rank in others:
+        for ours, lightnings in zip(of_rank, plain, strict=True):
+            assert ours == of_other_ranks(lightnings)

@@ -1,0 +1,164 @@
+"""Every kind of loader: all stages see the mini-batches that plain Lightning sees."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, require_plain_results
+from tests.helpers.modules import WIDTH, Chain, noise_loader
+
+SAMPLES = 11
+
+
+class Stream(IterableDataset[Any]):
+    """Pairs of noise, one after the other; nobody knows how many there will be."""
+
+    def __iter__(self) -> Iterator[Any]:
+        numbers = torch.Generator().manual_seed(3)
+        for _ in range(SAMPLES):
+            yield torch.randn(WIDTH, generator=numbers), torch.randn(WIDTH, generator=numbers)
+
+
+class SizedStream(Stream):
+    """The same, and it says how many."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+def with_worker(persistent: bool) -> Any:
+    # A rank is a daemon, so that none outlives a test; daemons may have no children.
+    multiprocessing.current_process().daemon = False
+    # The worker hands tensors over through a socket, whose path may have 107 characters; a test's own is longer.
+    tempfile.tempdir = "/tmp"
+    dataset = noise_loader(samples=SAMPLES).dataset
+    return DataLoader(dataset, 3, num_workers=1, persistent_workers=persistent)
+
+
+LOADERS: dict[str, Any] = {
+    "iterable": lambda: DataLoader(Stream(), 3),
+    "iterable with a length": lambda: DataLoader(SizedStream(), 3),
+    "drop_last": lambda: DataLoader(noise_loader(samples=SAMPLES).dataset, 3, drop_last=True),
+    "a worker": partial(with_worker, persistent=False),
+    "a worker that persists": partial(with_worker, persistent=True),
+    "a list": lambda: DataLoader(list(noise_loader(samples=SAMPLES)), batch_size=None),
+}
+
+
+def batches(seen: Seen) -> list[float]:
+    return [float(x.sum()) for x, _ in seen.batches]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_rank_sees_the_batches_of_plain_lightning(name: str) -> None:
+    options = {"module": Chain, "train": LOADERS[name], "val": LOADERS[name], "max_epochs": 3}
+    plain = batches(fit_alone(**options))
+    seen = fit_in_pipeline(3, **options)
+    assert len(plain) == 3 * (SAMPLES // 3 + (name != "drop_last"))
+    for of_rank in seen:
+        assert batches(of_rank) == plain
+        assert of_rank.metrics == seen[0].metrics
+    require_plain_results(2, Chain, LOADERS[name])
+
+
+def test_shuffled_epochs_differ_from_each_other_and_not_between_ranks() -> None:
+    loader = partial(noise_loader, samples=12, shuffle=True)
+    seen = fit_in_pipeline(3, Chain, loader, max_epochs=2)
+    samples = [torch.cat([x for x, _ in of_rank.batches]) for of_rank in seen]
+    assert all(torch.equal(samples[0], of_rank) for of_rank in samples)
+    first, second = samples[0].chunk(2)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(0).values, second.sort(0).values)
+
+
+def several_loaders() -> Any:
+    return {"a": noise_loader(samples=7), "b": noise_loader(samples=4, seed=6)}
+
+
+class OfSeveral(Chain):
+    """Trains on batches of two loaders, and validates on two."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        pairs = [pair for pair in batch.values() if pair is not None]
+        return self.loss(tuple(map(torch.cat, zip(*pairs, strict=True))))
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        loss = self.loss(batch)
+        self.log("val_loss", loss)
+        self.log(f"mine/{dataloader_idx}", loss, add_dataloader_idx=False)
+
+
+@pytest.mark.parametrize("mode", ["max_size_cycle", "min_size", "max_size"])
+def test_several_training_loaders_are_combined(mode: Any) -> None:
+    require_plain_results(2, OfSeveral, lambda: CombinedLoader(several_loaders(), mode))
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_several_validation_loaders_are_validated_apart(p: int) -> None:
+    val = lambda: [noise_loader(samples=4), noise_loader(samples=7, batch_size=2, seed=8)]  # noqa: E731
+    options = {"max_epochs": 1, "accumulate_grad_batches": 100}
+    plain = fit_alone(OfSeveral, several_loaders, val, **options)
+    assert {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1", "mine/0", "mine/1"} <= plain.metrics.keys()
+    for of_rank in fit_in_pipeline(p, OfSeveral, several_loaders, val, **options):
+        assert of_rank.metrics == plain.metrics
+
+
+@pytest.mark.parametrize("val", [list, lambda: noise_loader(samples=0)], ids=["no loader", "no batch"])
+def test_validation_may_be_empty(val: Any) -> None:
+    for of_rank in fit_in_pipeline(2, Chain, noise_loader, val, max_epochs=2):
+        assert len(of_rank.losses) == 16
+        assert "val_loss" not in of_rank.metrics
+
+
+class Data(pl.LightningDataModule):
+    """Data that is made in the data module's hooks, and anew at each epoch."""
+
+    def prepare_data(self) -> None:
+        self.calls = ["prepare_data"]
+
+    def setup(self, stage: str) -> None:
+        self.calls = [*getattr(self, "calls", []), f"setup {stage}"]
+        self.numbers = torch.Generator().manual_seed(3)
+
+    def train_dataloader(self) -> Any:
+        self.calls.append("train_dataloader")
+        x, y = (torch.randn(9, WIDTH, generator=self.numbers) for _ in range(2))
+        return DataLoader(list(zip(x, y, strict=True)), 3)
+
+    def val_dataloader(self) -> Any:
+        self.calls.append("val_dataloader")
+        return noise_loader(samples=4)
+
+    def teardown(self, stage: str) -> None:
+        self.calls.append(f"teardown {stage}")
+
+
+def calls(trainer: pl.Trainer, _: pl.LightningModule) -> list[str]:
+    return trainer.datamodule.calls
+
+
+@pytest.mark.parametrize("reload", [0, 1, 2])
+def test_a_data_module_makes_the_loaders(reload: int) -> None:
+    options = {
+        "module": Chain, "train": Data, "max_epochs": 4, "reload_dataloaders_every_n_epochs": reload, "look": calls
+    }  # fmt: skip
+    plain = fit_alone(**options)
+    first, *others = fit_in_pipeline(3, **options)
+    # The set-up asks for the training loader before the sanity check asks for the other one.
+    assert Counter(first.found) == Counter(plain.found)
+    for of_rank in (first, *others):
+        assert batches(of_rank) == batches(plain)
+    for of_rank in others:
+        assert ["prepare_data", *of_rank.found] == first.found

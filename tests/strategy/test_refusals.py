@@ -1,0 +1,229 @@
+"""What can't work, or not yet, is refused at set-up: all reasons at once, each with its numbers and a way out."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing.process
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD
+
+from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.strategy.refusals import LATER, reasons_in_optimizers
+from tests.helpers.fits import quiet_trainer
+from tests.helpers.modules import Chain, noise_loader
+
+# What is refused; what the sentence says: the numbers, and what to do; whether a later version will do it.
+OPTIONS = [
+    ({"data_parallel_size": 2}, ["data_parallel_size=2", "one pipeline"], True),
+    ({"num_stages": 3}, ["num_stages=3 on 2 devices", "Leave `num_stages` out", "`devices=3`"], True),
+    ({"num_stages": 1}, ["num_stages=1 on 2 devices", "`devices=1`"], True),
+    ({"schedule": "gpipe"}, ["schedule='gpipe'", "`cpipe schedule` draws and checks it", "only 'continuous'"], True),
+    ({"schedule": "1f1b"}, ["schedule='1f1b'", "`cpipe schedule` draws and checks it", "only 'continuous'"], True),
+    ({"schedule": "zigzag"}, ["schedule='zigzag'", "there are 'continuous', 'gpipe' and '1f1b'"], False),
+    ({"num_microbatches": 4}, ["num_microbatches=4", "whole mini-batches"], True),
+    ({"versions": "latest"}, ["versions='latest'", "only 'stash'"], True),
+    ({"versions": "newest"}, ["versions='newest'", "there are 'stash' and 'latest'"], False),
+    ({"remedy": "spectrain"}, ["remedy='spectrain'"], True),
+    ({"extra_in_flight": -1}, ["extra_in_flight=-1", "the least is 0"], False),
+]
+
+
+class Manual(Chain):
+    """Steps its optimizer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TakesIterator(Chain):
+    """Draws its batches itself."""
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:  # type: ignore[override]
+        return self.loss(next(dataloader_iter)[0])
+
+
+TRAINERS: list[Any] = [
+    (Manual, dict, ["automatic_optimization=False", "Let `training_step` return the loss"], False),
+    (TakesIterator, dict, ["dataloader_iter", "take `batch` and `batch_idx`"], False),
+    (Chain, lambda: {"sync_batchnorm": True}, ["sync_batchnorm=True", "nothing to synchronise", "Leave it out"], False),
+    (
+        Chain,
+        lambda: {"plugins": [MixedPrecision("16-mixed", "cpu")]},
+        ["precision='16-mixed'", "Use 'bf16-mixed' or 'bf16-true'"],
+        True,
+    ),
+]
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting one is an error."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+
+
+def refused(module: pl.LightningModule, strategy: dict[str, Any], **options: Any) -> list[str]:
+    """The reasons that a fit on two devices is refused for."""
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(**strategy), devices=2, max_epochs=1, **options)
+    with pytest.raises(MisconfigurationException) as caught:
+        trainer.fit(module, noise_loader())
+    head, *reasons = str(caught.value).split("\n  - ")
+    assert head == "strategy='continuous_pipe' can't run this:"
+    return reasons
+
+
+def require_said(reason: str, parts: list[str], later: bool) -> None:
+    assert not [part for part in parts if part not in reason], reason
+    assert reason.endswith(LATER) == later
+    assert reason.endswith(".")
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("start_method", ["popen", "fork", "spawn"])
+@pytest.mark.parametrize(("options", "parts", "later"), OPTIONS, ids=lambda each: str(each) if each else "")
+def test_an_option_is_refused_before_any_process_is_started(
+    options: dict[str, Any], parts: list[str], later: bool, start_method: str
+) -> None:
+    (reason,) = refused(Chain(), {**options, "start_method": start_method})
+    require_said(reason, parts, later)
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize(("module", "options", "parts", "later"), TRAINERS)
+def test_a_module_or_a_flag_is_refused_before_any_process_is_started(
+    module: type[Chain], options: Callable[[], dict[str, Any]], parts: list[str], later: bool
+) -> None:
+    (reason,) = refused(module(), {}, **options())
+    require_said(reason, parts, later)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_all_reasons_are_listed_at_once() -> None:
+    together: dict[str, Any] = {}
+    said: list[list[str]] = []
+    for options, parts, _ in OPTIONS:
+        if options.keys().isdisjoint(together):
+            together |= options
+            said.append(parts)
+    flags = {key: value for _, options, _, _ in TRAINERS for key, value in options().items()}
+    said += [parts for module, _, parts, _ in TRAINERS if module is not TakesIterator]
+    reasons = refused(Manual(), together, **flags)
+    assert len(reasons) == len(said) == 10
+    assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_options_are_refused_without_training_too_but_not_what_only_training_needs(entry: str) -> None:
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(schedule="gpipe"), devices=2)
+    with pytest.raises(MisconfigurationException) as caught:
+        getattr(trainer, entry)(Manual(), noise_loader())
+    assert "gpipe" in str(caught.value)
+    assert "automatic_optimization" not in str(caught.value)
+
+
+def test_16_mixed_by_its_name_is_bf16_mixed_on_a_cpu() -> None:
+    """So says Lightning, which is why the refusal above needs an instance."""
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(), devices=2, precision="16-mixed")
+    assert trainer.precision_plugin.precision == "bf16-mixed"
+
+
+# The rest is known only once the ranks have met: data, optimizers and the module itself.
+
+
+class Lbfgs(Chain):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class SeveralOptimizers(Chain):
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [SGD(block.parameters(), 0.1) for block in self.net]
+
+
+class TiedParameter(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3].linear.weight = self.net[0].linear.weight
+
+
+class TiedModule(Chain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net[0](self.net(x))
+
+
+class Differing(pl.LightningDataModule):
+    """Each rank has data of its own."""
+
+    def train_dataloader(self) -> Any:
+        return noise_loader(seed=int(os.environ["LOCAL_RANK"]))
+
+
+def cause(devices: int, module: pl.LightningModule, data: Any = None, **strategy: Any) -> str:
+    """The one sentence that a fit on forked ranks ends with."""
+    # torch tells at length how it ends the other ranks.
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    chosen = ContinuousPipeStrategy(start_method="fork", **strategy)
+    trainer = quiet_trainer(strategy=chosen, devices=devices, max_epochs=1)
+    # Lightning leaves the port there.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_PORT", "")
+        patch.delenv("MASTER_PORT")
+        with pytest.raises(RankLostError) as caught:
+            trainer.fit(module, data or noise_loader())
+    assert "failed: during set-up: " in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("devices", "module", "strategy", "parts"),
+    [
+        (5, Chain, {}, ["CutError", "5 stages", "Chain has 4", "net.0, net.1, net.2, net.3", "Lower `devices`"]),
+        (2, Chain, {"split_points": ["net.9"]}, ["CutError", "does not have: net.9", "could begin: net.0, net.1"]),
+        (3, Chain, {"split_points": ["net.2"]}, ["CutError", "3 stages", "2 split points", "has 1"]),
+        (3, Chain, {"split_points": ["net.3", "net.1"]}, ["CutError", "net.3, net.1", "Reorder `split_points`"]),
+        (2, TiedParameter, {}, ["CutError", "net.0.linear.weight", "stage 0", "stage 1", "not supported yet", "untie"]),
+        (2, TiedModule, {}, ["CutError", "'net.0' is called on both sides", "not supported yet", "untie"]),
+        (2, Lbfgs, {}, ["MisconfigurationException", "LBFGS", "Use a first-order optimizer"]),
+    ],
+)  # fmt: skip
+def test_what_only_the_ranks_can_find_out_is_refused_at_set_up(
+    devices: int, module: type[Chain], strategy: dict[str, Any], parts: list[str]
+) -> None:
+    said = cause(devices, module(), **strategy)
+    assert not [part for part in parts if part not in said], said
+
+
+def test_a_loader_that_differs_between_ranks_is_refused_before_the_first_step() -> None:
+    said = cause(2, Chain(), Differing())
+    for part in ("DataMismatchError", "rank 0 and rank 1 drew different first batches", "seed_everything"):
+        assert part in said
+
+
+def test_several_optimizers_are_refused_with_our_words() -> None:
+    said = cause(2, SeveralOptimizers())
+    assert "4 optimizers: use one with several parameter groups" in said
+
+
+def test_all_reasons_in_optimizers_are_listed() -> None:
+    parameters = list(Chain().parameters())
+    optimizers = [torch.optim.LBFGS(parameters), SGD(parameters, 0.1)]
+    several, second_order = reasons_in_optimizers(optimizers)
+    require_said(several, ["2 optimizers", "use one with several parameter groups"], later=False)
+    require_said(second_order, ["LBFGS", "Use a first-order optimizer"], later=False)
+    assert not list(reasons_in_optimizers(optimizers[1:]))
