@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 
 def log_numbers(trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
-    """Log at the trainer's current step."""
-    for logger in trainer.loggers:
+    """Log at the trainer's current step; nothing where there is nothing to log."""
+    for logger in trainer.loggers if numbers else ():
         logger.log_metrics(dict(numbers), step=trainer.global_step)
 
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cpipe.callbacks.loggers import declare, log_numbers
@@ -27,7 +28,7 @@ same mini-batches, and Lightning's own callback, which multiplies by the number 
 
 
 class ThroughputMonitor(pl.Callback):
-    """Logs ``throughput/batches_per_s`` and ``samples_per_s``; ``tokens_per_s`` if the batch has tokens (a tensor of
+    """Logs ``throughput/batches_per_s``; ``samples_per_s`` if the size of a batch can be told; ``tokens_per_s`` if the batch has tokens (a tensor of
     integers with at least two dimensions); ``flops_per_s`` where the operations were counted at set-up, and ``mfu``
     where the peak of the hardware is known. Rates are means over a rolling window and leave out the fill and
     evaluations. Works with any strategy that runs on one pipeline or one device.
@@ -42,12 +43,14 @@ class ThroughputMonitor(pl.Callback):
         self._every_n_steps = every_n_steps
         self._throughput = Throughput(window_size=window_size)
         self._batches = self._samples = self._tokens = 0
+        self._knows_samples = True
         self._start = self._paused_at = 0.0
         self._flops: int | None = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._batches = self._samples = self._tokens = 0
+        self._knows_samples = True
         self._start = time.perf_counter()
         strategy = trainer.strategy
         device = strategy.root_device
@@ -56,8 +59,7 @@ class ThroughputMonitor(pl.Callback):
             stages = strategy.num_stages
             # A backward costs about twice a forward: the gradients of the input and of the weights.
             self._flops = 3 * strategy.forward_flops or None
-        dtype = next((p.dtype for p in pl_module.parameters()), torch.float32)
-        peak = get_available_flops(device, dtype) if device.type == "cuda" else None
+        peak = get_available_flops(device, _computes_in(trainer, pl_module)) if device.type == "cuda" else None
         self._throughput = Throughput(
             available_flops=None if peak is None else stages * peak, window_size=self._window_size
         )
@@ -71,7 +73,9 @@ class ThroughputMonitor(pl.Callback):
         if not trainer.is_global_zero:
             return
         self._batches += 1
-        self._samples += extract_batch_size(batch)
+        samples = _samples_in(batch)
+        self._knows_samples &= samples is not None
+        self._samples += 1 if samples is None else samples
         tokens = _tokens_in(batch)
         self._tokens += tokens or 0
         self._throughput.update(
@@ -84,6 +88,8 @@ class ThroughputMonitor(pl.Callback):
         every = self._every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self._batches % every == 0:
             found = self._throughput.compute()
+            if not self._knows_samples:
+                found.pop("device/samples_per_sec", None)
             log_numbers(trainer, {ours: found[theirs] for theirs, ours in _NAMES.items() if theirs in found})
 
     @override
@@ -93,6 +99,21 @@ class ThroughputMonitor(pl.Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start += time.perf_counter() - self._paused_at
+
+
+def _computes_in(trainer: pl.Trainer, module: pl.LightningModule) -> torch.dtype:
+    """What matrices are multiplied in, whatever the weights are kept in."""
+    if trainer.precision == "bf16-mixed":
+        return torch.bfloat16
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
+
+
+def _samples_in(batch: Any) -> int | None:
+    """How many samples a batch holds; None if Lightning can't tell."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return None
 
 
 def _tokens_in(batch: Any) -> int | None:

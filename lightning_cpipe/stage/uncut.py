@@ -52,9 +52,10 @@ def refusal(what: str, starts: Sequence[str], suspects: Sequence[str]) -> CutErr
     hint = f" Attributes that the step changes: {', '.join(suspects)}." if suspects else ""
     return CutError(
         f"cut at {', '.join(starts)}, {what}. Something is handed on other than through what a module returns: on an"
-        f" attribute, within a step or from one step to the next.{hint} Return the value from the module instead, keep"
-        " what outlives a step inside the block that uses it, or move the cut with `split_points` so that both ends lie"
-        " on one stage."
+        " attribute, within a step or from one step to the next; by Python's or NumPy's random numbers, drawn inside a"
+        f" module; by a hook on a tensor; or by an activation checkpoint that reaches across the cut.{hint} Return the"
+        " value from the module instead, keep what outlives a step inside the block that uses it, or move the cut with"
+        " `split_points` so that both ends lie on one stage."
     )
 
 

@@ -40,7 +40,9 @@ def reasons_in_options(
     """What the strategy's own arguments show."""
     if data_parallel_size != 1:
         yield f"data_parallel_size={data_parallel_size}: one pipeline for now. {LATER}"
-    if num_stages != "auto" and num_stages != num_ranks:
+    if isinstance(num_stages, int) and num_stages < 1:
+        yield f"num_stages={num_stages}: the least is 1."
+    elif num_stages != "auto" and num_stages != num_ranks:
         yield (
             f"num_stages={num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages` out, or"
             f" set `devices={num_stages}`. {LATER}"

@@ -101,7 +101,9 @@ def test_pieces_of_all_kinds_go_together(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES, ids=named)
-@pytest.mark.parametrize("pieces", itertools.product(*FOLDERS), ids=lambda files: " ".join(file.stem for file in files))
+@pytest.mark.parametrize(
+    "pieces", list(itertools.product(*FOLDERS)), ids=lambda files: " ".join(file.stem for file in files)
+)
 def test_all_combinations_go_together(
     capsys: pytest.CaptureFixture[str], recipe: Path, pieces: tuple[Path, ...]
 ) -> None:

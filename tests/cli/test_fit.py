@@ -180,6 +180,8 @@ def started(*words: str) -> Finished:
     return Finished(found.returncode, found.stdout, found.stderr, "")
 
 
+# Importing Lightning twice takes its time on a busy machine.
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "command",
     [
@@ -198,6 +200,7 @@ def test_a_command_starts_its_ranks_itself(command: list[str]) -> None:
     assert found.out.count("\nlogs ") == 1, "one rank says so"
 
 
+@pytest.mark.timeout(240)
 def test_after_the_import_a_trainer_knows_the_strategy_by_its_names() -> None:
     script = """
 import lightning.pytorch as pl

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from benchmarks.processes import run_ranks
@@ -49,6 +50,27 @@ class Watcher(pl.Callback):
     ) -> None:
         self.seen.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         self.seen.batches.append(batch)
+
+
+class Notes(Logger):
+    """A logger that keeps in memory what it is given."""
+
+    name = "notes"
+    version = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def of(self, prefix: str) -> list[tuple[int | None, dict[str, float]]]:
+        """The rows with a name that begins so."""
+        return [(step, row) for step, row in self.rows if any(name.startswith(prefix) for name in row)]
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:

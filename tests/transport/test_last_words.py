@@ -39,21 +39,23 @@ def test_a_killed_process_leaves_its_words(tmp_path: Path) -> None:
 
 
 def test_a_cause_replaces_the_words_for_good(tmp_path: Path) -> None:
-    words = LastWords(SENTENCE, tmp_path / "rank_0")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    words = LastWords(SENTENCE, folder / "rank_0")
     words.replace("ValueError: no\n  more")
     words.at(5)
     assert read_last_words(words.path) == "ValueError: no more"
-    assert [each.name for each in tmp_path.iterdir()] == ["rank_0"]
+    assert [each.name for each in folder.iterdir()] == ["rank_0"]
 
 
-def test_a_rank_that_ends_well_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_rank_that_ends_well_leaves_nothing() -> None:
+    folder = Path(tempfile.gettempdir())
     words = LastWords(SENTENCE)
-    assert words.path.parent == tmp_path
+    assert words.path.parent == folder
     assert words.path.name.startswith("lightning_cpipe_")
     words.forget()
     words.forget()
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
 
 
 def test_under_torchrun_the_words_are_where_its_agent_looks(tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""A stage draws from the step's seed, in the forward and again in the backward, and leaves the module as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_cpipe.stage.randomness import get_state, same_state
+from lightning_cpipe.stage.stage_module import StageModule
+from tests.helpers.probing import CPU, STEP, Stages, cut_of
+
+BATCH = (torch.randn(4, 3), torch.randn(4, 3))
+
+
+class Block(nn.Linear):
+    def __init__(self, dropout: float) -> None:
+        super().__init__(3, 3)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+class Blocks(nn.Module):
+    def __init__(self, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(dropout) for _ in range(3)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return (x - y).square().mean()
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_each_seed_has_its_numbers_and_no_step_leaves_a_trace(p: int) -> None:
+    module = Blocks()
+    stages = Stages(module, cut_of(module, BATCH, p))
+    before = get_state()
+    losses = [float(stages.step(BATCH, seed).loss) for seed in (1, 2, 1)]
+    assert losses[0] == losses[2] != losses[1]
+    assert same_state(before, get_state())
+
+
+def test_a_single_stage_without_randomness_takes_no_part_in_it() -> None:
+    """Whatever the step may draw later is drawn as without a pipeline."""
+    module = Blocks(dropout=0.0)
+    cut = cut_of(module, BATCH, 1)
+    assert not cut.steps[STEP].draws
+    drawn: list[Tensor] = []
+    stage = StageModule(module, cut, 0, CPU)
+    for seed in (1, 1):
+        stage.forward(STEP, lambda: drawn.append(torch.rand(3)), seed)
+    assert not torch.equal(*drawn)
+
+
+def test_it_knows_its_place() -> None:
+    module = Blocks()
+    cut = cut_of(module, BATCH, 3)
+    stages = [StageModule(module, cut, stage, CPU) for stage in range(3)]
+    assert [stage.is_last for stage in stages] == [False, False, True]
+    assert {stage.num_stages for stage in stages} == {3}
+
+
+def test_the_module_is_as_it_was_afterwards() -> None:
+    module = Blocks()
+    before = {name: dict(each.__dict__) for name, each in module.named_modules()}
+    stage = StageModule(module, cut_of(module, BATCH, 3), 1, CPU)
+    assert any(each._forward_hooks for each in module.modules())
+    stage.remove()
+    assert {name: dict(each.__dict__) for name, each in module.named_modules()} == before
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
