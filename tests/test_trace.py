@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, UPDATE
+from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, IDLE, UPDATE, WAIT_DECISION
 from lightning_cpipe.schedules.continuous import Continuous
 from tests.helpers.fits import fit_in_pipeline
 from tests.helpers.modules import Chain, noise_loader
@@ -46,3 +46,12 @@ def test_forwards_of_the_next_epoch_run_before_the_epoch_ends(p: int) -> None:
         last_backward = spans.index((BACKWARD, PER_EPOCH - 1))
         ahead = [batch for kind, batch in spans[:last_backward] if kind == FORWARD and batch >= PER_EPOCH]
         assert len(ahead) == p - 1 - stage
+
+
+def test_a_stage_that_waits_for_the_last_ones_decision_is_idle() -> None:
+    """It once counted as *other*: a slow logger on rank 0 stalled everyone, and no idle time was seen."""
+    last, first = fit_in_pipeline(2, Chain, partial(noise_loader, samples=3 * PER_EPOCH), max_epochs=1)
+    kinds = [kind for kind, _ in first.spans]
+    assert kinds.count(WAIT_DECISION) >= PER_EPOCH
+    assert WAIT_DECISION in IDLE
+    assert WAIT_DECISION not in [kind for kind, _ in last.spans]

@@ -10,8 +10,10 @@ from lightning_cpipe.engine.timeline import (
     DATA,
     EVALUATION,
     FORWARD,
+    IDLE,
     UPDATE,
     WAIT_ACTIVATION,
+    WAIT_DECISION,
     WAIT_GRADIENT,
     Span,
 )
@@ -26,6 +28,7 @@ _COLOUR_OF = {
     EVALUATION: "#9d755d",
     WAIT_ACTIVATION: "#eeeeee",
     WAIT_GRADIENT: "#dddddd",
+    WAIT_DECISION: "#cccccc",
 }
 
 Spans = Mapping[int, Sequence[Span]]
@@ -53,7 +56,7 @@ def draw_gantt(spans: Spans, path: Path, title: str, steps_shown: int = 6) -> No
         for stage, of_stage in spans.items():
             for span in _within(of_stage, begin, end):
                 start, width = (span.start_ns - begin) / 1e6, (span.end_ns - span.start_ns) / 1e6
-                idle = span.kind in (WAIT_ACTIVATION, WAIT_GRADIENT)
+                idle = span.kind in IDLE
                 axes.barh(
                     stage,
                     width,

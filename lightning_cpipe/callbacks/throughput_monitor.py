@@ -28,10 +28,12 @@ same mini-batches, and Lightning's own callback, which multiplies by the number 
 
 
 class ThroughputMonitor(pl.Callback):
-    """Logs ``throughput/batches_per_s``; ``samples_per_s`` if the size of a batch can be told; ``tokens_per_s`` if the batch has tokens (a tensor of
-    integers with at least two dimensions); ``flops_per_s`` where the operations were counted at set-up, and ``mfu``
-    where the peak of the hardware is known. Rates are means over a rolling window and leave out the fill and
-    evaluations. Works with any strategy that runs on one pipeline or one device.
+    """Logs how many mini-batches, samples, tokens and floating-point operations are trained per second.
+
+    ``throughput/batches_per_s``; ``samples_per_s`` where the size of a batch can be told; ``tokens_per_s`` if the batch
+    has tokens (a tensor of integers with at least two dimensions); ``flops_per_s`` where the operations were counted at
+    set-up, and ``mfu`` where the peak of the hardware is known. Rates are means over a rolling window and leave out the
+    fill and evaluations. Works with any strategy that runs on one pipeline or one device.
 
     Args:
         window_size: mini-batches in the window.
@@ -103,9 +105,8 @@ class ThroughputMonitor(pl.Callback):
 
 def _computes_in(trainer: pl.Trainer, module: pl.LightningModule) -> torch.dtype:
     """What matrices are multiplied in, whatever the weights are kept in."""
-    if trainer.precision == "bf16-mixed":
-        return torch.bfloat16
-    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+    return mixed or next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 def _samples_in(batch: Any) -> int | None:

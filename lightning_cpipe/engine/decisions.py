@@ -1,7 +1,8 @@
 """What the last stage decides, everyone learns: a chain from the last stage to the first.
 
-The last stage is the first to finish a local step, so what it says arrives everywhere before the same local step
-ends there, and nobody waits for it. Each stage hands on what it hears at once.
+The last stage is the first to finish a local step, so what it says after its hooks is there before the same local
+step ends elsewhere, unless those hooks take longer than the others are behind. Each stage hands on what it hears when
+it listens itself.
 """
 
 from __future__ import annotations

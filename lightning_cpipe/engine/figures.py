@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from lightning_cpipe.engine.timeline import IDLE, KINDS, OTHER, Timeline
+from lightning_cpipe.engine.timeline import EVALUATION, IDLE, KINDS, OTHER, Timeline
 
 
 class StageFigures(NamedTuple):
@@ -45,14 +45,19 @@ class StageFigures(NamedTuple):
         return sum(self.seconds(kind) for kind in IDLE)
 
     @property
+    def training_ns(self) -> int:
+        """The time so far without evaluations."""
+        return self.elapsed_ns - self.by_kind_ns[KINDS.index(EVALUATION)]
+
+    @property
     def idle_ratio(self) -> float:
-        """Share of the time so far that was idle."""
-        return self.idle_s / (self.elapsed_ns / 1e9) if self.elapsed_ns else 0.0
+        """Share of the training time so far that was idle."""
+        return self.idle_s / (self.training_ns / 1e9) if self.training_ns > 0 else 0.0
 
     @property
     def steady_idle_ratio(self) -> float:
         """The same without the fill."""
-        steady_ns = self.elapsed_ns - self.fill_ns
+        steady_ns = self.training_ns - self.fill_ns
         return (self.idle_s * 1e9 - self.fill_idle_ns) / steady_ns if steady_ns > 0 else 0.0
 
     def since(self, earlier: StageFigures) -> StageFigures:

@@ -59,7 +59,18 @@ def fingerprint(batch: Any) -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() > _SAMPLE:
-        flat = flat[:: -(-flat.numel() // _SAMPLE)]
-    return flat.contiguous().view(torch.uint8).cpu()
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.numel() <= _SAMPLE:
+        sample = tensor.reshape(-1)
+    elif tensor.is_contiguous():
+        sample = tensor.view(-1)[:: _stride(tensor)]
+    else:
+        # By index: making it contiguous would copy the whole of it.
+        sample = tensor[torch.unravel_index(torch.arange(0, tensor.numel(), _stride(tensor)), tensor.shape)]
+    return sample.contiguous().view(torch.uint8).cpu()
+
+
+def _stride(tensor: Tensor) -> int:
+    return -(-tensor.numel() // _SAMPLE)

@@ -1,6 +1,7 @@
 """What a stage does when: spans of time, their sums, and what it is at right now.
 
-Idle is waiting for a neighbour, nothing else: `WAIT_ACTIVATION` and `WAIT_GRADIENT`. What is in no span is the time
+Idle is waiting for a neighbour, nothing else: for an activation, for a gradient, and for the last stage's decisions,
+which come late only if its hooks or loggers take longer than a local step. What is in no span is the time
 of the training loop, its hooks and its loggers; it is called *other* where it is shown.
 """
 
@@ -19,14 +20,15 @@ BACKWARD = "backward"
 UPDATE = "update"
 WAIT_ACTIVATION = "wait_activation"
 WAIT_GRADIENT = "wait_gradient"
+WAIT_DECISION = "wait_decision"
 DATA = "data"
 EVALUATION = "evaluation"
 OTHER = "other"
 
-KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, DATA, EVALUATION)
+KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION, DATA, EVALUATION)
 """Every kind of span that is recorded. *Other* is what they leave."""
 
-IDLE = (WAIT_ACTIVATION, WAIT_GRADIENT)
+IDLE = (WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION)
 """The kinds that count as idle."""
 
 
@@ -90,6 +92,11 @@ class Timeline:
             self._add(Span(UPDATE, batch, start, time.perf_counter_ns()))
             self._update = None
 
+    @property
+    def batch(self) -> int:
+        """The mini-batch of the span that began last."""
+        return 0 if self.now_at is None else self.now_at[1]
+
     def settle(self) -> None:
         """Wait until every span is known; nothing to wait for on the CPU."""
 
@@ -128,6 +135,7 @@ class CudaTimeline(Timeline):
         self._pending: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._updating: tuple[int, torch.cuda.Event] | None = None
         self._zero = self._mark()
+        self._zero_ns = self.start_ns
 
     @contextmanager
     def measure(self, kind: str, batch: int) -> Iterator[None]:
@@ -164,7 +172,11 @@ class CudaTimeline(Timeline):
     def _read(self) -> None:
         while self._pending and self._pending[0][3].query():  # type: ignore[no-untyped-call]
             kind, batch, start, end = self._pending.popleft()
-            self._add(Span(kind, batch, self._ns(start), self._ns(end)))
+            # Between neighbouring events: CUDA counts in 32-bit milliseconds, too coarse from the start of a long run.
+            self._zero_ns += _ns_between(self._zero, start)
+            self._zero = start
+            self._add(Span(kind, batch, self._zero_ns, self._zero_ns + _ns_between(start, end)))
 
-    def _ns(self, event: torch.cuda.Event) -> int:
-        return self.start_ns + int(self._zero.elapsed_time(event) * 1e6)
+
+def _ns_between(start: torch.cuda.Event, end: torch.cuda.Event) -> int:
+    return int(start.elapsed_time(end) * 1e6)

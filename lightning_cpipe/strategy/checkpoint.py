@@ -131,7 +131,9 @@ def _require_same_sizes(saved: list[int], own: list[int]) -> None:
     if len(saved) != len(own):
         raise ValueError("loaded state dict has a different number of parameter groups")
     if saved != own:
-        raise ValueError("loaded state dict contains a parameter group that doesn't match the size of optimizer's group")
+        raise ValueError(
+            "loaded state dict contains a parameter group that doesn't match the size of optimizer's group"
+        )
 
 
 def _joined_optimizer(saved: State, states: Sequence[State], order: GroupOrder) -> State:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.engine.decisions import Decisions
+from lightning_cpipe.engine.timeline import EVALUATION, WAIT_DECISION, Timeline
 from lightning_cpipe.strategy.lightning_private import known_metrics, learn_metrics, set_received_sigterm
 
 Numbers = dict[str, float]
@@ -48,11 +49,13 @@ class Sharing:
     Args:
         trainer: whose metrics and flags are told or set.
         decisions: the chain.
+        timeline: where it is noted how long this rank waits for them.
     """
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> None:
         self._trainer = trainer
         self._decisions = decisions
+        self._timeline = timeline
         self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._loss: Tensor | None = None
         self._step_is_open = False
@@ -114,7 +117,10 @@ class Sharing:
     def agree(self, topic: str, content: Any) -> Any:
         """What the last stage has to say on a topic, on every rank."""
         self.before_collective()
-        return self._decisions.agree(topic, content)
+        if self.leads:
+            self._decisions.tell(topic, content)
+            return content
+        return self._hear(topic)
 
     def _tell(self, topic: str, *, more: bool) -> None:
         loss = None if self._loss is None else float(self._loss)
@@ -136,9 +142,15 @@ class Sharing:
         self._decisions.tell(topic, tuple(said))
 
     def _listen(self, topic: str) -> _Said:
-        said = _Said(*self._decisions.hear(topic))
+        said = _Said(*self._hear(topic))
         learn_metrics(self._trainer, _tensors(said.callback), _tensors(said.logged))
         return said
+
+    def _hear(self, topic: str) -> Any:
+        # What an evaluation takes is shown apart.
+        kind = WAIT_DECISION if self._trainer.training else EVALUATION
+        with self._timeline.measure(kind, self._timeline.batch):
+            return self._decisions.hear(topic)
 
     def _obey(self) -> None:
         if self._heard is not None:

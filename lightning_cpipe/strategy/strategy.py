@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,9 @@ _CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler, StochasticW
 
 class ContinuousPipeStrategy(ParallelStrategy):
     """Trains a LightningModule, cut into stages, in a pipeline that is never flushed.
+
+    Runs on CPUs with gloo. The path for GPUs with NCCL is written and the order of its operations is tested, but it has
+    not run on a GPU yet.
 
     One process per stage. Whole mini-batches stream through the stages, one optimizer update per mini-batch, across
     epochs, validations and checkpoints. The price is delay: the gradient at stage s of p is p - 1 - s updates old.
@@ -331,7 +335,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._run = StageRun(stage_module, self.processes.lanes(in_flight), self.timeline)
         self._steps = Steps(trainer, self._run, self._seed, self.root_device)
         if self.num_stages > 1:
-            self._sharing = Sharing(trainer, self._run.decisions)
+            self._sharing = Sharing(trainer, self._run.decisions, self.timeline)
             self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
             training = self._steps.begin_training(self._schedule)
@@ -539,9 +543,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def promised_delay(self, stage: int) -> int:
         """How many updates old a stage's gradient is in the steady state, by the plan."""
-        accumulate = self._module.trainer.accumulate_grad_batches
-        lag = self._schedule.lag(stage, self.num_stages)
-        return -(-lag // accumulate)
+        schedule = replace(self._schedule, accumulate=self._module.trainer.accumulate_grad_batches)
+        return schedule.live_versions(stage, self.num_stages) - 1
 
     @property
     def forward_flops(self) -> int:

@@ -43,11 +43,11 @@ def rows(trainer: pl.Trainer, _: pl.LightningModule) -> list[tuple[int | None, d
     return [row for each in trainer.loggers if isinstance(each, Notes) for row in each.of("throughput/")]
 
 
-def fit(p: int, module: Any = Chain, train: Any = partial(noise_loader, samples=24), **options: Any) -> list[Seen]:
+def fit(p: int, module: Any = Chain, **options: Any) -> list[Seen]:
     """Fit with a monitor; p = 0 is plain Lightning."""
     settings = {
         "module": module,
-        "train": train,
+        "train": partial(noise_loader, samples=24),
         "max_epochs": 1,
         "callbacks": lambda: [Clock(), ThroughputMonitor(WINDOW, every_n_steps=1)],
         "logger": Notes(),
@@ -81,7 +81,7 @@ def test_the_last_batch_counts_for_what_it_holds() -> None:
     assert [row["throughput/samples_per_s"] for _, row in found] == [*[3.0] * 4, (2 * 3 + 1) / 3]
 
 
-@pytest.mark.parametrize(("every", "steps"), [(3, [6]), (1, [4, 5, 6, 7, 8]), (None, [4, 6, 8])])
+@pytest.mark.parametrize(("every", "steps"), [(3, [6]), (None, [4, 6, 8])])
 def test_it_logs_as_often_as_it_is_told_or_as_the_trainer_does(every: int | None, steps: list[int]) -> None:
     monitor = lambda: [Clock(), ThroughputMonitor(WINDOW, every_n_steps=every)]  # noqa: E731
     first = fit(2, callbacks=monitor, log_every_n_steps=2)[0]
@@ -120,7 +120,7 @@ def words_loader(length: int = 5) -> Any:
 
 @pytest.mark.parametrize("p", [0, 2])
 def test_tokens_are_counted_where_there_are_some(p: int) -> None:
-    found = fit(p, Words, words_loader)[0].found
+    found = fit(p, Words, train=words_loader)[0].found
     assert {row["throughput/tokens_per_s"] for _, row in found} == {2 * 5.0}
     assert {row["throughput/samples_per_s"] for _, row in found} == {2.0}
 
@@ -145,7 +145,7 @@ def parcels() -> Any:
 
 @pytest.mark.parametrize("p", [0, 1])
 def test_batches_of_unknown_size_are_counted_as_batches(p: int) -> None:
-    found = fit(p, OfParcels, parcels)[0].found
+    found = fit(p, OfParcels, train=parcels)[0].found
     assert {row["throughput/batches_per_s"] for _, row in found} == {1.0}
     assert not any("throughput/samples_per_s" in row for _, row in found)
 

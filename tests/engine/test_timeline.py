@@ -16,6 +16,7 @@ from lightning_cpipe.engine.timeline import (
     KINDS,
     UPDATE,
     WAIT_ACTIVATION,
+    WAIT_DECISION,
     WAIT_GRADIENT,
     CudaTimeline,
     Span,
@@ -106,7 +107,7 @@ def test_a_span_that_ends_with_an_error_is_noted_too(clock: Clock) -> None:
 
 
 def test_idle_is_waiting_for_a_neighbour_and_nothing_else() -> None:
-    assert set(IDLE) == {WAIT_ACTIVATION, WAIT_GRADIENT}
+    assert set(IDLE) == {WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION}
     assert set(IDLE) < set(KINDS)
 
 

@@ -48,7 +48,9 @@ class Watcher(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seen.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+        # There are none where the step returned None.
+        if outputs:
+            self.seen.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         self.seen.batches.append(batch)
 
 

@@ -29,6 +29,7 @@ class Wire:
         self._on_its_way: defaultdict[Any, deque[Tensor]] = defaultdict(deque)
 
     def isend(self, tensor: Tensor, dst: int, group: Any) -> Work:
+        assert tensor.is_contiguous()
         self._on_its_way[group].append(tensor)
         return self._made(Work())
 

@@ -48,7 +48,7 @@ COMPUTATIONS: dict[str, Callable[[Tensor], Any]] = {
     "to a vector": lambda w: nn.utils.parameters_to_vector([w]),
     "is finite": lambda w: torch.isfinite(w),
     "like it": lambda w: torch.zeros_like(w),
-    "by keyword": lambda w: torch.add(input=torch.ones(3, 4), other=w),
+    "as a place for the result": lambda w: torch.add(torch.ones(3, 4), 1, out=w.detach()),
 }
 
 

@@ -695,6 +695,14 @@ def test_attributes_that_outlive_a_step_are_named() -> None:
         cut_of(RemembersBetween(), batches(0)[0], 2)
 
 
+def test_buffers_are_not_suspected() -> None:
+    """They change in every step, where they belong."""
+    module = Counts()
+    module.blocks.insert(1, nn.BatchNorm1d(WIDTH))
+    with pytest.raises(CutError, match=r"the step changes: steps\. Return"):
+        cut_of(module, batches(0)[0], 2)
+
+
 # ---- a later step that is not like the first ----
 
 

@@ -148,6 +148,40 @@ def test_a_module_that_is_left_by_an_error_does_no_harm() -> None:
         assert all(map(torch.equal, expected, [root[0](ONES), torch.rand(3)]))
 
 
+def test_a_step_may_go_on_after_an_error_in_a_module() -> None:
+    root = three()
+    isolation = Isolation(root, ["0"])
+    with seeded(SEED), isolation.of(SEED):
+        expected = torch.rand(3)
+
+    def fail(x: Tensor) -> Tensor:
+        torch.rand(5)
+        raise KeyError
+
+    root[0].forward = fail
+    with seeded(SEED), isolation.of(SEED):
+        with pytest.raises(KeyError):
+            root[0](ONES)
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_nothing_is_kept_of_a_module_that_a_stage_left() -> None:
+    """No state is put back after the exception that ends a stage, which torch does not take for one."""
+
+    class End(BaseException):
+        pass
+
+    def end(x: Tensor) -> Tensor:
+        raise End
+
+    root = three()
+    isolation = Isolation(root, ["0"])
+    root[0].forward = end
+    with pytest.raises(End), isolation.of(SEED):
+        root[0](ONES)
+    assert isolation._entered == []
+
+
 def test_scopes_may_be_nested() -> None:
     """A validation within training."""
     root = three()

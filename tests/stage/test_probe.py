@@ -440,6 +440,11 @@ def test_what_is_written_in_place_is_known() -> None:
     assert all(found.rewritten for stage in crossings(InPlace(), **THIRDS) for found in stage)
 
 
+def test_a_module_that_writes_buffers_runs_on_one_stage_though_it_has_no_weights() -> None:
+    """What it made travels, not what it was made of."""
+    assert crossings(Quantized(), p=2, split_points=["blocks.2"]) == [[Crossing(Value("codebook", 0, 0), True, False)]]
+
+
 def test_what_nobody_needs_does_not_travel() -> None:
     """Not the frozen table, which lies on every stage that uses it."""
     found = [crossing.value.module for stage in crossings(Frozen(), **THIRDS) for crossing in stage]
@@ -461,6 +466,28 @@ def test_weights_that_nobody_uses_lie_on_one_stage() -> None:
 def test_a_buffer_is_true_where_its_module_sees_real_numbers() -> None:
     homes = cut_of(Quantized(), batches(4)[0], 3, **THIRDS).buffer_homes
     assert homes == {"codebook.codes": 1}
+
+
+class Leaves(Blocks):
+    """Leaves a number on the root: of the first block, of the last one, or of nothing that crosses."""
+
+    def __init__(self, place: int | None) -> None:
+        super().__init__()
+        self.place = place
+        self.left: list[Tensor] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == self.place:
+                self.left.append(x.detach())
+        return F.mse_loss(x, y)
+
+
+@pytest.mark.parametrize(("place", "leaves"), [(None, False), (0, False), (1, True), (3, True)])
+def test_what_only_late_stages_leave_behind_is_known(place: int | None, leaves: bool) -> None:
+    cut = check_cut(Leaves(place), batches(4, 4), 2, split_points=["blocks.1"])
+    assert cut.steps[STEP].leaves_behind is leaves
 
 
 def predict(module: nn.Module, batch: Any) -> Any:

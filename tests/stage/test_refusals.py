@@ -110,6 +110,19 @@ class TiedModule(Blocks):
         return x
 
 
+class TiedStatistics(Blocks):
+    """A norm without weights, whose statistics both stages would gather."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, affine=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.norm(block(x))
+        return x
+
+
 class TwoPasses(Blocks):
     """Two views of a batch."""
 
@@ -205,6 +218,7 @@ REFUSED: dict[type[Blocks], list[str]] = {
     TiedWeight: ["'blocks.0.linear.weight'", "stage 0 and on stage", "tied", "untie", "split_points"],
     TiedMemory: ["'blocks.0.linear.weight'", "'blocks.3.linear.weight'", "share memory", "one `nn.Parameter`"],
     TiedModule: ["'norm' is called on both sides of a cut", "tied", "split_points", "untie"],
+    TiedStatistics: ["'norm' is called on both sides of a cut", "split_points"],
     TwoPasses: ["TwoPasses has 0", "Called more often: blocks.0, blocks.1, blocks.2, blocks.3", "split_points"],
     WritesParameter: ["'blocks.2.linear.weight' in place", "optimizer", "buffer"],
     BindsParameter: ["'blocks.2.linear.weight' in place", "optimizer", "buffer"],

@@ -102,6 +102,21 @@ def test_stubs_return_what_is_not_a_tensor_as_it_was_and_zeros_for_what_nobody_n
     assert (seen[0]["number"], seen[0].keys()) == (5, {"out", "side", "number"})
 
 
+def test_what_a_step_does_to_a_filler_is_not_there_in_the_next() -> None:
+    fillers = []
+
+    def step() -> None:
+        fillers.append(root.one(X)["out"])
+        assert not fillers[-1].requires_grad
+        fillers[-1].requires_grad_()
+
+    root = Root()
+    replay = Replay(root, {"step": LAST}, CPU)
+    for _ in range(2):
+        replay.run("step", step, (X,), TABLE)
+    assert fillers[0].data_ptr() == fillers[1].data_ptr()
+
+
 def test_what_was_received_is_copied_where_code_writes_into_it() -> None:
     """A leaf that needs a gradient may not be written, and what is handed on stays as it came."""
     passage = Passage(1, "three", ("one",), (crossing("one", rewritten=True),), (crossing("one", rewritten=True),))
@@ -210,6 +225,15 @@ def test_errors_of_the_step_are_its_own() -> None:
 
     with pytest.raises(KeyError, match="mine"):
         run(FIRST, step=step)
+
+
+def test_the_user_s_hooks_on_the_next_stage_s_block_run_there_alone() -> None:
+    for passage, received, times in ((FIRST, (), 0), (MIDDLE, (X,), 1)):
+        root = Root()
+        ran: list[Any] = []
+        root.two.register_forward_pre_hook(lambda module, args, ran=ran: ran.append(args))
+        Replay(root, {"step": passage}, CPU).run("step", lambda root=root: root(X), received, TABLE)
+        assert len(ran) == times
 
 
 def test_outside_a_run_stubs_and_hooks_do_nothing() -> None:

@@ -24,13 +24,14 @@ class Block(nn.Linear):
 
 
 class Blocks(nn.Module):
-    def __init__(self, dropout: float = 0.5) -> None:
+    def __init__(self, dropout: float = 0.5, checkpointed: bool = True) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*(Block(dropout) for _ in range(3)))
+        self.checkpointed = checkpointed
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return (x - y).square().mean()
 
 
@@ -42,6 +43,16 @@ def test_each_seed_has_its_numbers_and_no_step_leaves_a_trace(p: int) -> None:
     losses = [float(stages.step(BATCH, seed).loss) for seed in (1, 2, 1)]
     assert losses[0] == losses[2] != losses[1]
     assert same_state(before, get_state())
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_a_checkpoint_around_a_block_repeats_its_numbers_in_the_backward(p: int) -> None:
+    module = Blocks()
+    made = Stages(module, cut_of(module, BATCH, p)).step(BATCH)
+    module.checkpointed = False
+    plain = Stages(module, cut_of(module, BATCH, 1)).step(BATCH)
+    assert made.loss == plain.loss
+    assert all(torch.equal(made.gradients[name], plain.gradients[name]) for name in plain.gradients)
 
 
 def test_a_single_stage_without_randomness_takes_no_part_in_it() -> None:

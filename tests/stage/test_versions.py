@@ -290,6 +290,8 @@ def test_memory_is_recycled(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     places = [(weight.data_ptr(), len(made)) for _ in stage.run(6 * versions)][versions:-versions]
     # Once the memory that the weights came with is free, as many buffers as there are versions take turns.
     assert {count for _, count in places} == {versions}
+    # A version that is free still holds its memory.
+    assert set(stage.alive[5 * versions : -5 * versions]) == {versions}
     cycle = [place for place, _ in places]
     assert len(set(cycle[:versions])) == versions
     assert cycle[versions:] == cycle[:-versions]

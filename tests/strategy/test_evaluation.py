@@ -62,7 +62,7 @@ def require_equal(ours: Any, plain: Any) -> None:
             assert a == b
 
 
-@pytest.mark.parametrize(("p", "limits"), [(1, "whole"), (2, "whole"), *((3, limits) for limits in EVALUATIONS)])
+@pytest.mark.parametrize(("p", "limits"), [(1, "whole"), (3, "whole"), *((2, limits) for limits in EVALUATIONS if limits != "whole")])
 def test_the_numbers_are_plain_lightnings_before_and_after_a_fit(p: int, limits: str) -> None:
     scenario = partial(around_a_fit, limits=limits)
     plain = alone(scenario)
@@ -80,6 +80,22 @@ def test_the_numbers_are_plain_lightnings_before_and_after_a_fit(p: int, limits:
 def test_an_optimizer_with_state_does_not_hinder_an_evaluation_after_the_fit() -> None:
     scenario = partial(around_a_fit, optimizer="adam")
     assert in_pipeline(2, scenario)[0][1]["validate"] == alone(scenario)[1]["validate"]
+
+
+def save_after_an_evaluation(**options: Any) -> list[int] | None:
+    trainer = quiet_trainer(max_epochs=1, **options)
+    module = Chain(optimizer="adam")
+    trainer.fit(module, noise_loader())
+    trainer.validate(module, noise_loader(), verbose=False)
+    trainer.save_checkpoint("saved.ckpt")
+    if not trainer.is_global_zero:
+        return None
+    return [len(state["state"]) for state in torch.load("saved.ckpt")["optimizer_states"]]
+
+
+@pytest.mark.xfail(reason="what the strategy keeps of the fit's optimizers is forgotten when an evaluation begins")
+def test_a_checkpoint_after_an_evaluation_holds_the_whole_optimizer_of_the_fit_before() -> None:
+    assert in_pipeline(2, save_after_an_evaluation)[0] == alone(save_after_an_evaluation) == [16]
 
 
 def verbose(**options: Any) -> None:

@@ -78,7 +78,7 @@ def test_a_limit_ends_training_where_plain_lightning_ends_it(name: str) -> None:
         **LIMITS[name],
     }
     plain = fit_alone(**options)
-    for of_rank in fit_in_pipeline(3, **options):
+    for of_rank in fit_in_pipeline(2, **options):
         assert of_rank.found == plain.found
         assert of_rank.losses[:1] == plain.losses[:1]
         kinds = Counter(kind for kind, _ in of_rank.spans)

@@ -73,7 +73,7 @@ def ends(trainer: pl.Trainer, _: pl.LightningModule) -> tuple[int, int, bool, st
 def test_every_rank_stops_where_plain_lightning_would(name: str) -> None:
     plain = fit_alone(**options_of(name))
     assert 0 < len(plain.losses) < 5 * PER_EPOCH
-    p = 3
+    p = 2
     for stage, of_rank in enumerate(reversed(fit_in_pipeline(p, **options_of(name)))):
         # The losses fall from the first mini-batch on, with delay or without, so that all stop at the same time.
         assert of_rank.found == plain.found

@@ -101,5 +101,3 @@ def test_the_weights_of_rank_0_count() -> None:
     assert first[0] == plain[0]
     assert all(torch.equal(value, plain[1][name]) for name, value in first[1].items())
     assert all(losses == plain[0] for losses, _ in others)
-
-
