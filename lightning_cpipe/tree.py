@@ -170,9 +170,10 @@ def _same_leaf(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return TensorSpec.of(a) == TensorSpec.of(b) and torch.equal(_as_bytes(a), _as_bytes(b))
     if isinstance(a, (int, float, str, bool, type(None))):
-        return type(a) is type(b) and (a == b or a != a)
+        return type(a) is type(b) and (a == b or (a != a and b != b))
     return type(a) is type(b)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return dense.contiguous().reshape(-1).view(torch.uint8)

@@ -28,10 +28,11 @@ class IdleMonitor(pl.Callback):
 
     Idle is waiting for a neighbour. What is logged, in milliseconds per mini-batch since the last time, for stage s:
     ``stage{s}/forward_ms``, ``backward_ms``, ``update_ms``, ``wait_activation_ms``, ``wait_gradient_ms``,
-    ``wait_decision_ms``, ``data_ms`` and ``other_ms``; as shares, ``stage{s}/idle_ratio`` (since the last time), ``idle_ratio_steady`` (without the
-    fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured) and ``delay_promised_updates``. The
-    mean over the stages is ``pipe/idle_ratio`` and so on, beside ``pipe/idle_ratio_predicted``, which counts slots of
-    the plan. ``pipe/evaluation_s`` is the time that evaluations took, which is in none of the above.
+    ``wait_decision_ms``, ``data_ms`` and ``other_ms``; as shares, ``stage{s}/idle_ratio`` (since the last time),
+    ``idle_ratio_steady`` (without the fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured)
+    and ``delay_promised_updates``. The mean over the stages is ``pipe/idle_ratio`` and so on, beside
+    ``pipe/idle_ratio_predicted``, which counts slots of the plan. ``pipe/evaluation_s`` is the time that evaluations
+    took, which is in none of the above.
 
     The stages' figures ride beside the activations to rank 0; nobody waits for them. At the end of `fit` the run's
     timeline goes into a table and a picture.

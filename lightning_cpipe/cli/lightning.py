@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
@@ -18,19 +19,26 @@ class PipelineCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults({"trainer.strategy": {"class_path": "lightning_cpipe.ContinuousPipeStrategy"}})
 
-    def after_fit(self) -> None:
-        """Say where everything lies."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+
+class Places(Callback):
+    """Says where everything lies after a fit.
+
+    A callback, because it must run in the process of rank 0: one that has forked or spawned the ranks does not know.
+    """
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        lines = [f"logs        {logger.log_dir or logger.save_dir}" for logger in self.trainer.loggers]
-        checkpoint = self.trainer.checkpoint_callback
+        lines = [f"logs        {logger.log_dir or logger.save_dir}" for logger in trainer.loggers]
+        checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             score = checkpoint.best_model_score
             how_good = "" if score is None else f" ({checkpoint.monitor} {score:.4f})"
             lines.append(f"checkpoint  {checkpoint.best_model_path}{how_good}")
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         lines += [f"picture     {each.path}" for each in callbacks if isinstance(each, IdleMonitor) and each.path]
-        print("\n".join(["", *lines]))
+        print("\n".join(["", *lines]), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,5 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     PipelineCLI(
         args=None if arguments is None else list(arguments),
         parser_kwargs={"prog": "cpipe", **usage},
+        trainer_defaults={"callbacks": [Places()]},
         save_config_kwargs={"overwrite": True},
     )

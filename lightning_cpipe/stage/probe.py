@@ -32,9 +32,8 @@ from lightning_cpipe.stage.homes import Homes
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.step import Observed, RecordedStep, Step, find_draws
 from lightning_cpipe.stage.survey import Survey
-from lightning_cpipe.stage.trial import NOTHING, Trial, close
+from lightning_cpipe.stage.trial import NOTHING, Traces, Trial, close
 from lightning_cpipe.stage.uncut import compare_with_uncut, refusal
-from lightning_cpipe.stage.untouched import Place
 from lightning_cpipe.tree import TemplateTable, flatten
 
 Check = Literal["auto", "full", "fills"]
@@ -109,7 +108,7 @@ class _Cutter:
         self._starts = starts
         self._device = device
         recording = recorded.recording
-        self.moments = [recording.beginning(start) for start in starts]
+        self.moments = [recording.beginning(start, self.name) for start in starts]
         if self.moments != sorted(self.moments):
             raise CutError(
                 f"{self.name} reaches the modules at which the stages begin in another order than"
@@ -124,7 +123,7 @@ class _Cutter:
         }
         self._needed_by_gradient: list[frozenset[Value]] = []
         self._passages: list[Passage] = []
-        self._left: list[frozenset[Place]] = []
+        self._traces: list[Traces] = []
 
     @property
     def name(self) -> str:
@@ -151,7 +150,7 @@ class _Cutter:
                 traces = trial.traces()
                 homes.trains(stage, dependence.weights)
                 homes.touches(stage, traces.parameters)
-                self._left.append(traces.places)
+                self._traces.append(traces)
             found.append(dependence.values)
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
         self._needed_by_gradient = found[::-1]
@@ -178,14 +177,13 @@ class _Cutter:
 
     def cut(self) -> StepCut:
         """What was found."""
-        on_last, *elsewhere = self._left
-        leaves_behind = any(not on_last <= places for places in elsewhere)
+        on_last, *elsewhere = self._traces
         return StepCut(
             tuple(self._passages),
             self._recorded.step.signature,
             self._templates,
             draws=self._recorded.draws,
-            leaves_behind=leaves_behind,
+            leaves_behind=any(on_last.has_more_than(each) for each in elsewhere),
         )
 
     @contextmanager

@@ -54,7 +54,7 @@ class Recording:
         """The calls of one module."""
         return [call for call in self.calls if call.module == module]
 
-    def beginning(self, block: str) -> int:
+    def beginning(self, block: str, step: str = "the step") -> int:
         """The moment a block is entered, which must happen exactly once.
 
         Raises:
@@ -64,8 +64,8 @@ class Recording:
         if len(calls) != 1:
             times = "is not called" if not calls else f"is called {len(calls)} times"
             raise CutError(
-                f"a stage can't begin at {block!r}: the module {times} in the step. A cut must lie where the step"
-                " passes exactly once; choose other modules with `split_points`."
+                f"a stage can't begin at {block!r}: the module {times} in {step}. A cut must lie where every step"
+                " passes exactly once; choose other modules with `split_points`, or let the step call the whole model."
             )
         return calls[0].enter
 

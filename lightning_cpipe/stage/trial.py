@@ -38,11 +38,18 @@ class Traces:
 
     Attributes:
         parameters: ids of all parameters that code of the stage touched, with or without a gradient.
-        places: buffers, metrics' states and attributes of the root that changed.
+        left: buffers, metrics' states and attributes of the root that changed, and what they hold now.
     """
 
     parameters: frozenset[int]
-    places: frozenset[Place]
+    left: dict[Place, Any]
+
+    def has_more_than(self, other: Traces) -> bool:
+        """Whether this replay left something that the other did not, or something else in the same place."""
+        return any(
+            place not in other.left or not same_bits(flatten(value)[0], flatten(other.left[place])[0])
+            for place, value in self.left.items()
+        )
 
 
 NOTHING = Dependence(frozenset(), ())
@@ -88,7 +95,7 @@ class Trial:
         with untouched(self._root) as before:
             self._replayed(self.values, watch)
             left = _read_by_others(self._root, before)
-        return Traces(frozenset(watch.ids), frozenset(left))
+        return Traces(frozenset(watch.ids), left)
 
     def dependence(self) -> Dependence:
         """What the results depend on through a gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,6 +86,8 @@ def find_cut(
 
 
 def _starts(module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]) -> list[str]:
+    if num_stages == 1:
+        return []
     if isinstance(split_points, str):
         if len(seen.blocks) < num_stages:
             raise CutError(
@@ -119,7 +122,8 @@ def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], see
         with _unheard(module, logged), context():
             if not trains:
                 module.eval()
-            returned = getattr(module, name)(*arguments)
+            # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
+            returned = getattr(module, name)(*copy.deepcopy(arguments))
         facts = [_without_loss(returned) if trains else returned, logged]
         return Observed(_loss_of(returned) if trains else None, facts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -11,7 +11,12 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from lightning_cpipe.stage.probe import Check
+from lightning_cpipe.strategy.lightning_private import callbacks_of
+
 LATER = "A later version will support it."
+
+_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
 
 def refuse(reasons: Iterable[str]) -> None:
@@ -36,6 +41,9 @@ def reasons_in_options(
     versions: str,
     remedy: object,
     extra_in_flight: int,
+    split_points: object,
+    check: str,
+    timeout: float,
 ) -> Iterator[str]:
     """What the strategy's own arguments show."""
     if data_parallel_size != 1:
@@ -66,9 +74,17 @@ def reasons_in_options(
         yield f"remedy={remedy!r}: none for now. {LATER}"
     if extra_in_flight < 0:
         yield f"extra_in_flight={extra_in_flight}: the least is 0."
+    if isinstance(split_points, str) and split_points != "auto":
+        yield f"split_points={split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
+    if check not in get_args(Check):
+        yield f"check={check!r}: there is none of that name; there are {', '.join(map(repr, get_args(Check)))}."
+    if timeout <= 0:
+        yield f"timeout={timeout:g}: it is in seconds, and must be more than 0."
 
 
-def reasons_in_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any) -> Iterator[str]:
+def reasons_in_trainer(
+    trainer: pl.Trainer, module: pl.LightningModule, layer_sync: Any, num_stages: int
+) -> Iterator[str]:
     """What the trainer's flags and the module's class show, before any process is started."""
     if layer_sync is not None:
         yield (
@@ -83,6 +99,9 @@ def reasons_in_trainer(trainer: pl.Trainer, module: pl.LightningModule, layer_sy
         )
     if not trainer.training:
         return
+    averaging = [type(each).__name__ for each in callbacks_of(trainer) if type(each).__name__ in _AVERAGING]
+    if averaging and num_stages > 1:
+        yield f"{averaging[0]}: it copies and averages the whole module, of which each rank has one stage. {LATER}"
     if not module.automatic_optimization:
         yield (
             "automatic_optimization=False: in a pipeline the forward and the backward of one step are about different"

@@ -15,11 +15,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -63,7 +59,7 @@ from lightning_cpipe.tree import flatten
 
 _ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
 
-_CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging)
+_CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler)
 """Callbacks that change the module or the plan when an epoch begins."""
 
 
@@ -276,8 +272,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 self._versions_policy,
                 self._remedy,
                 self._extra_in_flight,
+                self._split_points,
+                self._check,
+                self._timeout,
             ),
-            *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync),
+            *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, self.num_stages),
         ]
         refuse(reasons)
         if self.num_stages > 1 and clips_by_norm(trainer):
@@ -316,7 +315,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         tell = self.processes.at
         self.timeline = CudaTimeline(tell=tell) if self.root_device.type == "cuda" else Timeline(tell=tell)
         self._stream = Stream(get_state())
-        self._whole_optimizer_states = []
+        if fitting:
+            self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
         cut = agree_on_cut(trainer, self.processes, self._split_points, self._check, self.root_device, self._seed)
         if fitting:
@@ -591,7 +591,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 self._run.module.remove()
             else:
                 self._run.close()
-                self._whole_optimizer_states = [] if self._whole is None else self._whole.put_together()
+                states = [] if self._whole is None else self._whole.put_together()
+                if self._run.trains:
+                    self._whole_optimizer_states = states
             self._run = self._steps = self._whole = self._sharing = None
         if self._processes is not None and not self._interrupted:
             self._processes.end()

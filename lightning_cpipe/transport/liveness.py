@@ -210,7 +210,10 @@ class Watch:
             # Connections break a moment before a killed process counts as gone.
             self._stopping.wait(0.05)
             self._look()
-        return self._cause or self._agree(self._gone(self._rank if lost is None else lost))
+        if lost is None:
+            # All ranks met there; on other machines it can't be seen who is missing.
+            lost = next((rank for rank, pid in self._pids.items() if not _is_there(pid)), self._rank)
+        return self._cause or self._agree(self._gone(lost))
 
     def linger(self) -> None:
         """Let the rank that failed first end first."""

@@ -109,7 +109,8 @@ def of_stages(*names: str) -> set[str]:
 
 
 NUMBERS = of_stages(
-    "forward_ms", "backward_ms", "update_ms", "wait_activation_ms", "wait_gradient_ms", "wait_decision_ms", "data_ms", "other_ms",
+    "forward_ms", "backward_ms", "update_ms", "wait_activation_ms", "wait_gradient_ms", "wait_decision_ms",
+    "data_ms", "other_ms",
     "idle_ratio", "idle_ratio_steady", "idle_ratio_run", "delay_updates", "delay_promised_updates",
 ) | {
     "pipe/idle_ratio", "pipe/idle_ratio_steady", "pipe/idle_ratio_run", "pipe/idle_ratio_predicted", "pipe/evaluation_s"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
 
+from lightning_cpipe.cli.main import main
 from lightning_cpipe.demos.char_gpt import CharGPT
 from lightning_cpipe.demos.digits import DigitsClassifier
 from tests.helpers.commands import ROOT, SMALL, Finished, cpipe
@@ -154,6 +157,21 @@ def test_every_way_to_set_the_strategy_trains(tmp_path: Path, text: str, words: 
     for rank in cpipe("fit", "--config", DIGITS, "--config", str(over), *small, *words, ranks=4):
         assert (rank.status, rank.error) == (0, "")
         assert "ContinuousPipeStrategy runs DigitsClassifier on 4" in rank.out
+
+
+def test_where_everything_lies_is_said_by_forked_ranks_too(capfd: pytest.CaptureFixture[str]) -> None:
+    """The process that forks them knows neither."""
+    csv = str(ROOT / "configs" / "logger" / "csv.yaml")
+    small = (*SMALL, "--trainer.devices=2", "--trainer.strategy.start_method=fork", "--model.depth=2")
+    # What starts processes leaves an address there, and the seed.
+    with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", ["cpipe", "fit", "--config", DIGITS]):
+        sys.argv += ["--config", csv, *small]
+        main()
+    said = capfd.readouterr().out
+    places = lines_of(said)
+    assert set(places) == {"logs", "checkpoint", "picture"}
+    assert all(Path(place).exists() for place in places.values())
+    assert said.count("\nlogs ") == 1
 
 
 def test_after_the_first_thing_to_run_after_a_change_there_is_nothing_to_look_for() -> None:

@@ -62,9 +62,9 @@ def test_what_a_neighbour_is_told_goes_no_further(wire: Wire) -> None:
     first, middle, last = chain(wire, 3)
     last.tell_previous("for the middle")
     last.tell("step", 0)
-    middle.tell_previous("for the first")
     assert middle.hear("step") == 0
     assert middle.hear_next() == "for the middle"
+    middle.tell_previous("for the first")
     assert first.hear_next() == "for the first"
     assert first.hear("step") == 0
     assert last.hear_next(otherwise="nobody") == "nobody"

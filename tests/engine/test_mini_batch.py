@@ -85,11 +85,13 @@ def test_different_batches_have_different_fingerprints() -> None:
     assert not alike
 
 
-def test_memory_layout_does_not_count() -> None:
-    dense = torch.randn(6, 4)
-    gaps = torch.empty(6, 8)[:, ::2].copy_(dense)
+@pytest.mark.parametrize(("rows", "columns"), [(6, 4), (60, 70)], ids=["whole", "sampled"])
+def test_memory_layout_does_not_count(rows: int, columns: int) -> None:
+    dense = torch.randn(rows, columns)
+    gaps = torch.empty(rows, 2 * columns)[:, ::2].copy_(dense)
     assert not gaps.is_contiguous()
     assert fingerprint(gaps) == fingerprint(dense) == fingerprint(dense.t().contiguous().t())
+    assert fingerprint(dense.to_sparse()) == fingerprint(dense)
 
 
 def test_a_fingerprint_touches_neither_the_batch_nor_the_generator() -> None:

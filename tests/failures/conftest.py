@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -50,16 +51,16 @@ class Ended:
     err: str
 
     @property
-    def last_block(self) -> str:
-        """The last block on stderr; of torchrun's report, the part about the first failure."""
-        block = self.err.rstrip().split("\n\n")[-1]
-        return block.rpartition("Root Cause")[2]
+    def last_words(self) -> str:
+        """The last line on stderr; where that ends torchrun's report, the part about the first failure."""
+        _, _, report = self.err.rstrip().split("\n\n")[-1].rpartition("Root Cause")
+        return report if self.err.rstrip().endswith("=====") else self.err.rstrip().splitlines()[-1]
 
     @property
     def cause(self) -> str:
-        """What the last block says is the first cause."""
-        assert self.causes_in(self.last_block), self.err
-        return self.causes_in(self.last_block)[-1]
+        """What the last words on stderr say is the first cause."""
+        assert self.causes_in(self.last_words), self.err
+        return self.causes_in(self.last_words)[-1]
 
     @property
     def causes(self) -> list[str]:
@@ -225,10 +226,12 @@ class Session:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+    """A port that no outgoing connection of this machine gets in the meantime."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _is_gone(pid: int, deadline: float) -> bool:

@@ -50,6 +50,7 @@ CASES = [
     *cases("set-up", "fork", 2, on("raise", "setup"), f"during set-up: {RAISED}", default=[1]),
     *cases("set-up, killed", "fork", 2, on("kill", "setup"), f"{KILLED} 0", default=[0]),
     *cases("set-up", "popen", 2, on("raise", "setup"), f"during set-up: {RAISED}"),
+    *cases("set-up, killed", "popen", 3, on("kill", "setup"), f"{KILLED} 0"),
     *cases("step", "fork", 3, on("raise", "training_step"), rf"at mini-batch {AT}, in \dF{AT}: {RAISED}", default=[1]),
     *cases(
         "validation", "fork", 2, on("raise", "validation_batch_start"), rf"at mini-batch \d+: {RAISED}", default=[1]
@@ -158,7 +159,7 @@ def test_a_rank_that_is_lost_before_the_ranks_meet_ends_all(run: Run, launcher: 
     assert ended.status != 0
     assert (RAISED in ended.err) == (kind == "raise")
     if launcher == "torchrun":
-        assert f"rank      : {rank} (local_rank: {rank})" in ended.last_block
+        assert f"rank      : {rank} (local_rank: {rank})" in ended.last_words
         return
     stage_and_rank = f"stage {1 - rank} (rank {rank}) failed: "
     if launcher != "popen":

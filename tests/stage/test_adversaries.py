@@ -6,6 +6,7 @@ step that differs from the first one fails. None ends in other numbers.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,19 @@ class BindsBuffer(Blocks):
         early, late = self.ends(x)
         self.center = 0.9 * self.center + 0.1 * early.detach().mean(0)
         return F.mse_loss(late - self.center, y)
+
+
+class Watches(Blocks):
+    """Statistics of an early output, gathered at the end for nobody in this step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(WIDTH, affine=False)
+
+    def body(self, x: Tensor) -> Tensor:
+        early, late = self.ends(x)
+        self.statistics(early.detach())
+        return late
 
 
 class Hooked(Blocks):
@@ -446,6 +460,7 @@ RIGHT = [
     RemembersAtTheRoot,
     UsesLastStepsOutput,
     BindsBuffer,
+    Watches,
     Hooked,
     HookedBackward,
     TakesFeatures,
@@ -481,6 +496,19 @@ SUMMED_IN_ANOTHER_ORDER = [TakesFeatures, CallsForward, SharesWeight, UsesWeight
 def test_right_in_stages(kind: Callable[[], nn.Module], p: int) -> None:
     """In the third step, the numbers are beyond what the first one showed."""
     check_cut(kind(), batches(0, 1, 100), p, exact=kind not in SUMMED_IN_ANOTHER_ORDER)
+
+
+def test_compiled_blocks_are_right_in_stages() -> None:
+    def compiled() -> nn.Module:
+        return torch.compile(Block(), backend="aot_eager")
+
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        pytest.skip("torch.compile is switched off by TORCHDYNAMO_DISABLE")
+    try:
+        compiled()(torch.zeros(4, WIDTH))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work on this machine: {type(error).__name__}: {error}")
+    check_cut(Blocks(compiled), batches(0, 1), 2)
 
 
 def test_right_for_the_same_reason_without_the_comparison_with_the_uncut_module() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torch import Tensor
 
-from tests.helpers.fits import alone, in_pipeline, quiet_trainer
+from tests.helpers.fits import alone, fit_in_pipeline, in_pipeline, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 
 OF_CALLBACKS = [
@@ -70,3 +72,25 @@ def test_hooks_run_in_lightnings_order_on_every_rank(p: int) -> None:
     for of_rank in others:
         for ours, lightnings in zip(of_rank, plain, strict=True):
             assert ours == of_other_ranks(lightnings)
+
+
+class CollectsItsLosses(Chain):
+    """A list that every stage makes, and only the last one fills."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.outputs = getattr(self, "outputs", [])
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean_loss", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_what_a_step_collects_is_there_at_the_end_of_the_epoch(p: int) -> None:
+    """Other stages once failed there, with an empty list."""
+    seen = fit_in_pipeline(p, CollectsItsLosses, noise_loader, max_epochs=1)
+    assert seen[0].metrics["mean_loss"] == seen[-1].metrics["mean_loss"]
+    assert seen[0].metrics["mean_loss"] == pytest.approx(sum(seen[0].losses) / len(seen[0].losses), rel=1e-5)

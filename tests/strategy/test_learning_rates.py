@@ -108,9 +108,7 @@ def test_one_stage_sees_the_plateaus_of_plain_lightning(schedule: Any) -> None:
 
 
 @pytest.mark.parametrize(("schedule", "of_steps"), [(plateau_of_epochs, False), (plateau_of_steps, True)])
-def test_a_plateau_lowers_the_rate_everywhere_by_what_the_last_stage_measured(
-    schedule: Any, of_steps: bool
-) -> None:
+def test_a_plateau_lowers_the_rate_everywhere_by_what_the_last_stage_measured(schedule: Any, of_steps: bool) -> None:
     seen = fit(3, schedule)
     rates, validated = seen[0].found
     optimizer = torch.optim.SGD([torch.zeros(1)], 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -80,6 +82,31 @@ def test_shuffled_epochs_differ_from_each_other_and_not_between_ranks() -> None:
     first, second = samples[0].chunk(2)
     assert not torch.equal(first, second)
     assert torch.equal(first.sort(0).values, second.sort(0).values)
+
+
+class Draws(pl.Callback):
+    """Draws more random numbers on one rank than on another, between all steps and epochs."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        for _ in range(1 + trainer.global_rank):
+            torch.rand(()), np.random.rand(), random.random()
+
+    on_train_epoch_start = on_train_batch_end
+
+
+def augmented_loader() -> Any:
+    def augmented(samples: list[Any]) -> tuple[Tensor, Tensor]:
+        x, y = map(torch.stack, zip(*samples, strict=True))
+        return x + torch.rand(()) + np.random.rand() + random.random(), y
+
+    dataset = noise_loader(samples=12).dataset
+    return DataLoader(dataset, 3, shuffle=True, collate_fn=augmented)
+
+
+def test_orders_and_augmentations_are_everyones_whatever_else_a_rank_draws() -> None:
+    seen = fit_in_pipeline(3, Chain, augmented_loader, callbacks=lambda: [Draws()], max_epochs=2)
+    assert all(batches(of_rank) == batches(seen[0]) for of_rank in seen)
+    assert len(set(batches(seen[0]))) == 8
 
 
 def several_loaders() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError
@@ -87,13 +88,18 @@ def read(trainer: pl.Trainer, _: pl.LightningModule) -> list[tuple[str, dict[str
     return next(each for each in trainer.callbacks if isinstance(each, Reader)).read
 
 
+def callbacks() -> list[pl.Callback]:
+    # It needs to know what `on_train_epoch_end` logs, at once and on every rank.
+    return [Reader(), EarlyStopping("of_epoch", mode="max", patience=9, check_on_train_epoch_end=True)]
+
+
 OPTIONS = {
     "module": Logging,
     "train": noise_loader,
     "val": partial(noise_loader, samples=7, seed=6),
     "max_epochs": 2,
     "val_check_interval": 4,
-    "callbacks": lambda: [Reader()],
+    "callbacks": callbacks,
     "look": read,
 }
 

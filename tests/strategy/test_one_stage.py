@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from tests.helpers.fits import fit_alone, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
-NO_BLOCKS = pytest.mark.xfail(reason="the set-up wants a block for the one stage, as if it had to be cut off")
-
 
 class OneLayer(Chain):
     """Has no chain of blocks at all."""
@@ -41,8 +39,8 @@ class Skips(Chain):
 @pytest.mark.parametrize(
     "module",
     [
-        pytest.param(OneLayer, marks=NO_BLOCKS),
-        pytest.param(Twice, marks=NO_BLOCKS),
+        OneLayer,
+        Twice,
         Skips,
         partial(Chain, dropout=0.0, optimizer="adam"),
     ],

@@ -110,3 +110,28 @@ def test_the_same_trainer_fits_again_after_a_fit_that(stops: bool) -> None:
     assert ours[2:4] == plain[2:4]
     for of_rank in others:
         assert of_rank == ours
+
+
+class Asks(pl.Callback):
+    """Lets the ranks agree, each with an opinion of its own, as Lightning's callbacks do."""
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+
+    def ask(self, trainer: pl.Trainer, *_: Any) -> None:
+        strategy, rank = trainer.strategy, trainer.global_rank
+        self.answers += [strategy.reduce_boolean_decision(yes) for yes in (rank == 0, rank != 0)]
+        self.answers.append(strategy.broadcast(("rank", rank)))
+
+    on_train_batch_end = on_validation_end = on_train_epoch_end = on_train_end = ask
+
+
+def answers(trainer: pl.Trainer, _: pl.LightningModule) -> list[Any]:
+    return next(each.answers for each in trainer.callbacks if isinstance(each, Asks))
+
+
+def test_rank_0_decides_for_all() -> None:
+    options = {"callbacks": lambda: [Asks()], "look": answers, "max_epochs": 2, "val_check_interval": 4}
+    for of_rank in fit_in_pipeline(3, Chain, noise_loader, noise_loader, **options):
+        assert len(of_rank.found) == 3 * (16 + 5 + 2 + 1)
+        assert of_rank.found == [True, False, ("rank", 0)] * (len(of_rank.found) // 3)
