@@ -58,6 +58,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._strategy = strategy
+        self._child_watch: _ChildWatch | None = None
 
     @override
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
@@ -67,7 +68,8 @@ class ScriptLauncher(SubprocessScriptLauncher):
         if not self.cluster_environment.creates_processes_externally and not self.procs:
             with _as_launcher():
                 start_children(self)
-            _ChildWatch(self.procs, self._strategy).start()
+            self._child_watch = _ChildWatch(self.procs, self._strategy)
+            self._child_watch.start()
         set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
@@ -85,6 +87,9 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
     def _give_up(self, error: BaseException) -> None:
         """This rank, the first, failed before the others met it: they would wait for it."""
+        if self._child_watch is not None:
+            # What happens to the children from here on is no cause.
+            self._child_watch.stop()
         for child in self.procs:
             child.kill()
         cause = FirstCause.of(0, self._strategy.stage_of(0), f"before it began: {in_words(error)}")
@@ -141,6 +146,11 @@ class _ChildWatch(threading.Thread):
         self._children = children
         self._strategy = strategy
         self._have_met = False
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        """The main thread ends the children itself."""
+        self._stopping.set()
 
     @override
     def run(self) -> None:
@@ -159,7 +169,7 @@ class _ChildWatch(threading.Thread):
         if self._have_met:
             # The main thread may know better why, and end the process first.
             time.sleep(2 * GRACE_S)
-        if not threading.main_thread().is_alive():
+        if self._stopping.is_set() or not threading.main_thread().is_alive():
             # It is about to, once the loggers have said goodbye.
             return
         status = self._children[rank - 1].returncode
