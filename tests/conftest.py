@@ -19,12 +19,20 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder of the test's own: another run of the tests may be under way on this machine.
+
+    Its path is short, which `tmp_path` is not: workers of a loader hand over tensors through a socket in it, and a
+    socket's path may have 107 characters. With a longer one nothing arrives, and the loader waits for ever.
+    """
+    with tempfile.TemporaryDirectory(prefix="test_") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_left(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, thread, process group, environment variable or temporary file outlives a test."""
-    # A folder of the test's own: another run of the tests may be under way on this machine.
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     environment = dict(os.environ)

@@ -104,7 +104,8 @@ class Session:
     """A launcher, its ranks, and whatever these start.
 
     Args:
-        folder: empty; the working directory.
+        folder: made for the session; its working directory.
+        temporary: likewise; for temporary files.
         launcher: one of `LAUNCHERS`.
         devices: p.
         home: forks the launcher's process; None to start a Python for it.
@@ -112,11 +113,18 @@ class Session:
     """
 
     def __init__(
-        self, folder: Path, launcher: str, devices: int, home: subprocess.Popen[str] | None, options: dict[str, Any]
+        self,
+        folder: Path,
+        temporary: Path,
+        launcher: str,
+        devices: int,
+        home: subprocess.Popen[str] | None,
+        options: dict[str, Any],
     ) -> None:
         self.folder = folder
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True)
+        self.temporary = temporary
+        folder.mkdir()
+        temporary.mkdir()
         os.mkfifo(folder / "told")
         self.port = free_port()
         self._began = time.monotonic()
@@ -207,7 +215,12 @@ class Session:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", self.port))
             listener.listen()
-        left = [str(each) for pattern in ("lightning_cpipe_*", "*.lock") for each in self.folder.rglob(pattern)]
+        left = [
+            str(each)
+            for folder in (self.folder, self.temporary)
+            for pattern in ("lightning_cpipe_*", "*.lock")
+            for each in folder.rglob(pattern)
+        ]
         assert not left, f"{left} were left"
 
     def kill(self) -> None:
@@ -274,13 +287,14 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def start(tmp_path: Path, home: subprocess.Popen[str]) -> Iterator[Start]:
+def start(tmp_path: Path, temporary: Path, home: subprocess.Popen[str]) -> Iterator[Start]:
     """Starts a session; kills what is left of it."""
     sessions: list[Session] = []
 
     def start(launcher: str, devices: int, *, cold: bool = False, **options: Any) -> Session:
-        folder = tmp_path / f"run_{len(sessions)}"
-        sessions.append(Session(folder, launcher, devices, None if cold else home, options))
+        name = f"run_{len(sessions)}"
+        folders = tmp_path / name, temporary / name
+        sessions.append(Session(*folders, launcher, devices, None if cold else home, options))
         return sessions[-1]
 
     yield start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -43,8 +42,6 @@ class SizedStream(Stream):
 def with_worker(persistent: bool) -> Any:
     # A rank is a daemon, so that none outlives a test; daemons may have no children.
     multiprocessing.current_process().daemon = False
-    # The worker hands tensors over through a socket, whose path may have 107 characters; a test's own is longer.
-    tempfile.tempdir = "/tmp"
     dataset = noise_loader(samples=SAMPLES).dataset
     return DataLoader(dataset, 3, num_workers=1, persistent_workers=persistent)
 
