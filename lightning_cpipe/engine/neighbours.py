@@ -13,7 +13,7 @@ from lightning_cpipe.transport.settling import (
     send_what_was_posted_for,
     take_what_was_sent,
 )
-from lightning_cpipe.transport.wiring import Lane, Lanes
+from lightning_cpipe.transport.wiring import Lanes
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Neighbours:
         return cls(
             lanes.incoming.get("activations"),
             lanes.outgoing.get("activations"),
-            incoming_records(lanes, "records"),
-            outgoing_records(lanes, "records"),
+            lanes.records_in.get("records"),
+            lanes.records_out.get("records"),
             lanes.incoming.get("gradients"),
             lanes.outgoing.get("gradients"),
         )
@@ -54,8 +54,8 @@ class Neighbours:
         return cls(
             lanes.incoming.get("eval_activations"),
             lanes.outgoing.get("eval_activations"),
-            incoming_records(lanes, "eval_records"),
-            outgoing_records(lanes, "eval_records"),
+            lanes.records_in.get("eval_records"),
+            lanes.records_out.get("eval_records"),
         )
 
     def settle(self, decisions: Decisions) -> int:
@@ -103,15 +103,3 @@ class Accounts:
 
     activations: Account | None = None
     gradients: Account | None = None
-
-
-def incoming_records(lanes: Lanes, lane: Lane) -> Records | None:
-    """The receiving end of a lane for records."""
-    edge = lanes.incoming.get(lane)
-    return None if edge is None else Records(edge, receives=True)
-
-
-def outgoing_records(lanes: Lanes, lane: Lane) -> Records | None:
-    """The sending end of a lane for records."""
-    edge = lanes.outgoing.get(lane)
-    return None if edge is None else Records(edge, receives=False)

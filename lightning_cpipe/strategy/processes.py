@@ -63,7 +63,7 @@ class Processes:
         self.control = Control(num_stages)
         if num_stages > 1:
             ranks = [num_stages - 1 - stage for stage in range(num_stages)]
-            self._wiring = Wiring(ranks, self.stage, device, self._backend)
+            self._wiring = Wiring(self.control, ranks, self.stage, device, self._backend)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -102,7 +102,7 @@ class Processes:
 
     def lanes(self, in_flight: int) -> Lanes:
         """The lanes to the neighbours."""
-        return Lanes({}, {}) if self._wiring is None else self._wiring.lanes(in_flight)
+        return Lanes() if self._wiring is None else self._wiring.lanes(in_flight)
 
     def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """This rank can't go on: find out, or say, what the first cause was.
@@ -146,8 +146,12 @@ class Processes:
     def _let_go(self) -> None:
         """Break the connections, so that ranks which wait for this one learn of it at once.
 
-        On NCCL that could wait for the messages that never come; there, the others' watches end them.
+        On NCCL, ending a group could wait for the messages that never come; there, only the sockets are closed.
         """
-        if self._backend == "gloo" and self._wiring is not None:
+        if self._wiring is None:
+            return
+        if self._backend == "gloo":
             self._wiring.abandon()
             dist.destroy_process_group()
+        else:
+            self._wiring.disconnect()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source
-from lightning_cpipe.engine.neighbours import Neighbours, incoming_records, outgoing_records
+from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.engine.training import STEP, TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
@@ -27,7 +27,7 @@ class StageRun:
 
     def __init__(self, module: StageModule, lanes: Lanes, timeline: Timeline) -> None:
         self.module = module
-        self.decisions = Decisions(incoming_records(lanes, "decisions"), outgoing_records(lanes, "decisions"))
+        self.decisions = Decisions(lanes.records_in.get("decisions"), lanes.records_out.get("decisions"))
         self._lanes = lanes
         self._timeline = timeline
         self._training_lanes = Neighbours.of_training(lanes)

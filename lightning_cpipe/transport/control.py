@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cpipe.errors import RankLostError
-from lightning_cpipe.transport.wiring import NEVER
 
 Content = TypeVar("Content")
+
+NEVER = timedelta(days=365)
+"""The timeout of every group. On gloo a wait that runs out breaks the connection for good; liveness is watched beside
+the groups, not by them."""
 
 
 class Control:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from lightning_cpipe.transport.last_words import LastWords, read_last_words
+from lightning_cpipe.transport.machine import is_alive, this_machine
 
 BEAT_S = 0.5
 """Seconds between two looks."""
@@ -156,7 +156,7 @@ class Watch:
                 timeout=timedelta(seconds=silence_s),
             ),
         )
-        self._store.set(f"place/{rank}", json.dumps([_machine(), os.getpid(), str(words.path)]))
+        self._store.set(f"place/{rank}", json.dumps([this_machine(), os.getpid(), str(words.path)]))
         self._threads = [
             threading.Thread(target=self._ask, name="lightning_cpipe-beat", daemon=True),
             threading.Thread(target=self._watch, name="lightning_cpipe-watch", daemon=True),
@@ -177,7 +177,7 @@ class Watch:
         """Begin; all ranks are there by now."""
         for rank in range(len(self._stages)):
             machine, pid, path = json.loads(self._store.get(f"place/{rank}"))
-            if machine == _machine():
+            if machine == this_machine():
                 self._pids[rank] = pid
                 self._words_of[rank] = Path(path)
         for thread in self._threads:
@@ -212,7 +212,7 @@ class Watch:
             self._look()
         if lost is None:
             # All ranks met there; on other machines it can't be seen who is missing.
-            lost = next((rank for rank, pid in self._pids.items() if not _is_there(pid)), self._rank)
+            lost = next((rank for rank, pid in self._pids.items() if not is_alive(pid)), self._rank)
         return self._cause or self._agree(self._gone(lost))
 
     def linger(self) -> None:
@@ -240,7 +240,7 @@ class Watch:
 
     def _look(self, *, listen: bool = False) -> None:
         """Say that this rank lives, and see what others said, and with `listen` whether they live."""
-        if not _is_there(self._pids.get(0)):
+        if not is_alive(self._pids.get(0)):
             # It may hold the store; asking there would fail, and torch would complain at length.
             self._conclude(self._gone(0))
             return
@@ -334,29 +334,6 @@ class Watch:
         path = self._words_of.get(self._cause.rank)
         if path is not None:
             path.unlink(missing_ok=True)
-
-
-def _machine() -> list[str]:
-    """What two processes share if they see each other's process ids and files."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return [socket.gethostname(), namespace]
-
-
-def _is_there(pid: int | None) -> bool:
-    """Whether a process of this machine lives; True if it is of another machine."""
-    if pid is None:
-        return True
-    try:
-        os.kill(pid, 0)
-        # A process that is dead and not yet collected by its parent still answers to its number.
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
 
 
 def say(cause: FirstCause) -> None:

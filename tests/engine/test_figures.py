@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 
 import pytest
@@ -18,7 +17,6 @@ from lightning_cpipe.engine.timeline import (
     WAIT_GRADIENT,
     Timeline,
 )
-from lightning_cpipe.transport.records import FRAME
 
 SECOND = 10**9
 
@@ -69,12 +67,6 @@ def test_the_difference_of_two_moments_is_what_came_between() -> None:
     assert (since.delay, since.most_delay) == (2, 3)
     assert since.steady_idle_ratio == 2 / 12
     assert FIGURES.since(StageFigures()) == FIGURES
-
-
-def test_the_figures_of_many_stages_fit_into_one_record() -> None:
-    """They ride beside every activation; a second message each time would not be free."""
-    everyones = {stage: tuple(FIGURES) for stage in range(8)}
-    assert len(pickle.dumps(everyones, protocol=pickle.HIGHEST_PROTOCOL)) < FRAME - 256
 
 
 def test_the_books_begin_with_training_and_remember_the_fill(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ class Wire:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(edge, "dist", self)
         self.works: list[Work] = []
-        self._on_its_way: defaultdict[Any, deque[Tensor]] = defaultdict(deque)
+        self._on_its_way: defaultdict[Any, deque[Any]] = defaultdict(deque)
 
     def isend(self, tensor: Tensor, dst: int, group: Any) -> Work:
         assert tensor.is_contiguous()
@@ -42,8 +42,8 @@ class Wire:
 
     def records(self, group: Any) -> tuple[Records, Records]:
         """The sending and the receiving end for records."""
-        sender, receiver = self.ends(group)
-        return Records(sender, receives=False), Records(receiver, receives=True)
+        line = Line(self._on_its_way[group])
+        return Records(line, 1), Records(line, 0)
 
     def is_empty(self) -> bool:
         """Whether everything that was sent has been received."""
@@ -51,7 +51,8 @@ class Wire:
 
     def forget(self) -> None:
         """Lose what is on its way."""
-        self._on_its_way.clear()
+        for each in self._on_its_way.values():
+            each.clear()
 
     def _made(self, work: Work) -> Work:
         self.works.append(work)
@@ -62,6 +63,20 @@ class Wire:
         tensor = self._on_its_way[group].popleft()
         assert (tensor.shape, tensor.dtype) == (buffer.shape, buffer.dtype)
         buffer.copy_(tensor)
+
+
+class Line:
+    """Stands for both ends of a `multiprocessing.connection.Connection`."""
+
+    def __init__(self, on_its_way: deque[bytes]) -> None:
+        self._on_its_way = on_its_way
+
+    def send_bytes(self, payload: bytes) -> None:
+        self._on_its_way.append(payload)
+
+    def recv_bytes(self) -> bytes:
+        assert self._on_its_way, "nothing was sent: this would wait for ever"
+        return self._on_its_way.popleft()
 
 
 class Work:

@@ -2,8 +2,8 @@
 
 NCCL itself is never run here. What is run is everything that would be on NCCL: a real pipeline with `NcclEdge` on every
 lane that carries tensors, over communicators that are gloo's. Each send, posted receive and wait is written down as it
-is issued, and the record is held against the plan and walked for deadlocks, under the rule that counts on NCCL too: a
-send may wait until its receiver has posted.
+is issued, on the lanes for records too, and held against the plan and walked for deadlocks, under the rule that counts
+on NCCL: a send of tensors may wait until its receiver has posted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from lightning_cpipe.schedules.plan import Plan
 from lightning_cpipe.schedules.transfers import with_transfers
 from lightning_cpipe.strategy import processes
 from lightning_cpipe.transport import control, edge, wiring
-from lightning_cpipe.transport.wiring import DOWN, ON_CPU, UP
+from lightning_cpipe.transport.records import Records
+from lightning_cpipe.transport.wiring import RECORD_LANES, TENSOR_LANES, UP, Lanes, Wiring
 from tests.helpers.fits import fit_in_pipeline
 from tests.helpers.modules import WIDTH, Block, Chain
 
@@ -43,8 +44,8 @@ class Op(NamedTuple):
     """One thing that a process issues.
 
     Attributes:
-        kind: ``send``, ``post``, ``wait`` (for what was posted), ``wait_sent``, ``meet`` (a collective of all ranks),
-            ``group`` (a process group is made), or ``F``, ``B``, ``U``.
+        kind: ``send``, ``post``, ``wait`` (for what was posted, or for a record), ``wait_sent``, ``meet`` (a
+            collective of all ranks), ``group`` (a process group is made), or ``F``, ``B``, ``U``.
         lane: between which stages, by the upper one, and which; for a group its ranks and backend.
         number: how many of the kind came before on the lane; of computation, the mini-batch.
     """
@@ -117,7 +118,6 @@ class Recorder:
         self.ops: list[Op] = []
         self._numbers: Counter[Any] = Counter()
         self._lanes: dict[int, Any] = {}
-        self._names = (*DOWN, *UP)
         edge.dist = self._instead(isend=self._isend, irecv=self._irecv)
         wiring.dist = self._instead(new_group=self._new_group)
         meet = {name: self._met(getattr(dist, name)) for name in _COLLECTIVES}
@@ -132,6 +132,18 @@ class Recorder:
             note(timeline, kind, batch)
 
         Timeline._note = noted
+        Wiring.lanes = self._with_noted_records(Wiring.lanes)
+
+    def _with_noted_records(self, make: Callable[..., Lanes]) -> Callable[..., Lanes]:
+        def lanes(wired: Wiring, in_flight: int) -> Lanes:
+            made = make(wired, in_flight)
+            for ends, kind in ((made.records_in, "wait"), (made.records_out, "send")):
+                for lane, records in ends.items():
+                    upper = wired._stage - ((lane in UP) == (kind == "send"))
+                    ends[lane] = NotedRecords(records, partial(self._note, kind, (upper, lane)))
+            return made
+
+        return lanes
 
     def _instead(self, **functions: Any) -> Any:
         return SimpleNamespace(**{**vars(dist), **functions})
@@ -140,9 +152,9 @@ class Recorder:
         self.ops.append(Op("group", (None if ranks is None else tuple(ranks), backend), 0))
         group = dist.new_group(ranks, backend="gloo", **options)
         if ranks is not None:
-            upper, lane = divmod(self._numbers["lanes"], len(self._names))
+            upper, lane = divmod(self._numbers["lanes"], len(TENSOR_LANES))
             self._numbers["lanes"] += 1
-            self._lanes[id(group)] = upper, self._names[lane]
+            self._lanes[id(group)] = upper, TENSOR_LANES[lane]
         return group
 
     def _isend(self, tensor: Tensor, dst: int, group: Any) -> Any:
@@ -178,6 +190,22 @@ class Noted:
 
     def is_completed(self) -> bool:
         return False
+
+
+class NotedRecords(Records):
+    """Records whose sends or receives are written down."""
+
+    def __init__(self, records: Records, note: Callable[[], None]) -> None:
+        super().__init__(records._connection, records._peer)
+        self._note = note
+
+    def send(self, record: Any) -> None:
+        self._note()
+        super().send(record)
+
+    def receive(self) -> Any:
+        self._note()
+        return super().receive()
 
 
 _COLLECTIVES = ("barrier", "broadcast", "broadcast_object_list", "gather_object", "all_gather_object")
@@ -299,7 +327,7 @@ def test_the_recorded_order_of_training_has_no_deadlock(case: Case, sends_wait: 
 def ends(lane: tuple[int, str]) -> tuple[int, int]:
     """The stages that send and receive on a lane."""
     upper, name = lane
-    return (upper, upper + 1) if name in DOWN else (upper + 1, upper)
+    return (upper + 1, upper) if name in UP else (upper, upper + 1)
 
 
 def stuck(stages: list[list[Op]], *, sends_wait: bool) -> list[Op]:
@@ -308,7 +336,7 @@ def stuck(stages: list[list[Op]], *, sends_wait: bool) -> list[Op]:
     Args:
         stages: what each issued.
         sends_wait: whether a send of tensors waits until its receiver has posted. The first message on such a lane
-            makes the communicator, for which both ends wait. What stays on gloo is sent at once.
+            makes the communicator, for which both ends wait. A record is sent at once.
 
     Returns:
         The operations that can't run, one for each stage that does not come to its end.
@@ -328,7 +356,7 @@ def stuck(stages: list[list[Op]], *, sends_wait: bool) -> list[Op]:
         if op.kind not in ("send", "post", "wait", "wait_sent"):
             return True
         sender, receiver = ends(op.lane)
-        waits = sends_wait and op.lane[1] not in ON_CPU
+        waits = sends_wait and op.lane[1] in TENSOR_LANES
         if op.kind == "wait":
             return done(sender, op._replace(kind="send"))
         if op.kind == "wait_sent" or (op.kind == "send" and waits):
@@ -361,7 +389,7 @@ def test_without_receives_posted_ahead_the_walk_finds_the_lock() -> None:
 def posted_late(ops: list[Op]) -> Iterator[Op]:
     """The same with each receive posted only when it is waited for."""
     for op in ops:
-        if op.kind == "wait":
+        if op.kind == "wait" and op.lane[1] in TENSOR_LANES:
             yield op._replace(kind="post")
         if op.kind != "post" or op._replace(kind="wait") not in ops:
             yield op
@@ -372,7 +400,7 @@ def test_training_and_evaluation_never_wait_for_what_they_sent(case: Case) -> No
     """On NCCL that would make the stage's own stream wait for its neighbour."""
     for stage, ops in enumerate(recorded(case)):
         last = max(place for place, op in enumerate(ops) if op.kind in ("B", "U"))
-        waits = [op for op in ops[:last] if op.kind == "wait_sent" and op.lane[1] not in ON_CPU and op.number > 0]
+        waits = [op for op in ops[:last] if op.kind == "wait_sent" and op.lane[1] in TENSOR_LANES and op.number > 0]
         assert not waits, f"stage {stage}"
 
 
@@ -384,16 +412,19 @@ def test_every_message_is_sent_posted_and_waited_for_once(case: Case) -> None:
         Counter(op._replace(kind="") for ops in stages for op in ops if op.kind == kind)
         for kind in ("send", "post", "wait", "wait_sent")
     )
-    assert sent == posted == waited == reaped
+    tensors = Counter({op: count for op, count in sent.items() if op.lane[1] in TENSOR_LANES})
+    assert sent == waited
+    assert tensors == posted == reaped
+    assert {op.lane[1] for op in sent} == {*TENSOR_LANES, *RECORD_LANES}
     assert set(sent.values()) == {1}
 
 
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_groups_are_made_and_warmed_up_in_one_order_on_all_ranks(p: int) -> None:
     stages = recorded(Case(p, extra_in_flight=1))
-    every_lane = [(upper, lane) for upper in range(p - 1) for lane in (*DOWN, *UP)]
+    every_lane = [(upper, lane) for upper in range(p - 1) for lane in TENSOR_LANES]
     # Rank r holds stage p - 1 - r.
-    pairs = [((p - 1 - upper, p - 2 - upper), "gloo" if lane in ON_CPU else "nccl") for upper, lane in every_lane]
+    pairs = [((p - 1 - upper, p - 2 - upper), "nccl") for upper, _ in every_lane]
     for stage, ops in enumerate(stages):
         assert [op.lane for op in ops if op.kind == "group"] == [(None, "gloo"), *pairs]
         last_group = max(place for place, op in enumerate(ops) if op.kind == "group")

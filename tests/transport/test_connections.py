@@ -1,0 +1,125 @@
+"""Neighbours find each other, on one machine and across machines, and let nobody else in."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Client, Connection
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from benchmarks.processes import run_ranks
+from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.transport import connections
+from lightning_cpipe.transport.connections import connect_neighbours
+from lightning_cpipe.transport.control import Control
+
+LANES = ("up", "down")
+
+
+def connected(p: int, then: Callable[[int, dict[tuple[int, str], Connection]], Any]) -> list[Any]:
+    """What `then(stage, connections)` returns in each of p processes, the first stage's first."""
+
+    def on_rank(rank: int) -> Any:
+        store = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=p)
+        stage = p - 1 - rank
+        found = connect_neighbours(Control(p), list(reversed(range(p))), stage, LANES)
+        try:
+            return then(stage, found)
+        finally:
+            dist.barrier()
+            for connection in found.values():
+                connection.close()
+            dist.destroy_process_group()
+
+    return list(reversed(run_ranks(on_rank, p)))
+
+
+def greet(stage: int, found: dict[tuple[int, str], Connection]) -> dict[tuple[int, str], Any]:
+    for (upper, lane), connection in found.items():
+        connection.send((stage, upper, lane))
+    return {place: connection.recv() for place, connection in found.items()}
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_every_lane_connects_two_neighbours(p: int) -> None:
+    heard = connected(p, greet)
+    for stage, found in enumerate(heard):
+        uppers = [upper for upper in (stage - 1, stage) if 0 <= upper < p - 1]
+        assert found == {
+            (upper, lane): (upper + 1 if upper == stage else upper, upper, lane) for upper in uppers for lane in LANES
+        }
+
+
+def test_ranks_of_other_machines_are_called_by_their_host_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = multiprocessing.get_context("fork").SimpleQueue()
+
+    def client(address: tuple[str, int], authkey: bytes) -> Connection:
+        called.put(address[0])
+        # Whatever this machine's name means to its resolver.
+        return Client(("127.0.0.1", address[1]), authkey=authkey)
+
+    monkeypatch.setattr(connections, "this_machine", lambda: [str(os.getpid())])
+    monkeypatch.setattr(connections, "Client", client)
+    assert [len(found) for found in connected(2, greet)] == [2, 2]
+    assert [called.get() for _ in LANES] == [socket.gethostname()] * 2
+
+
+def test_small_records_do_not_wait_for_each_other() -> None:
+    def no_delay(stage: int, found: dict[tuple[int, str], Connection]) -> list[int]:
+        def option(connection: Connection) -> int:
+            with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as view:
+                return view.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+        return [option(connection) for connection in found.values()]
+
+    assert connected(2, no_delay) == [[1, 1], [1, 1]]
+
+
+class Alone:
+    """Stands for the control group of two ranks, of which the other one says what it is told to."""
+
+    def __init__(self, other: Callable[[Any], Any]) -> None:
+        self._other = other
+
+    def compare(self, content: Any) -> list[Any]:
+        return [content, self._other(content)]
+
+    def share(self, content: Any) -> Any:
+        return content
+
+
+def test_a_neighbour_that_can_not_be_reached_is_named() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        control: Any = Alone(lambda mine: mine if isinstance(mine, list) else (mine[0], port))
+        with pytest.raises(RankLostError, match=rf"rank 1 can't be reached at 127\.0\.0\.1, port {port}") as raised:
+            connect_neighbours(control, [1, 0], 1, LANES)
+    assert raised.value.lost == 1
+
+
+def test_a_stranger_is_not_let_in() -> None:
+    refused: list[Exception] = []
+
+    def knock(port: int) -> None:
+        try:
+            Client(("127.0.0.1", port), authkey=b"guessed")
+        except (OSError, EOFError, multiprocessing.AuthenticationError) as error:
+            refused.append(error)
+
+    def other(mine: Any) -> Any:
+        if isinstance(mine, tuple):
+            threading.Thread(target=knock, args=(mine[1],)).start()
+        return mine
+
+    control: Any = Alone(other)
+    with pytest.raises(multiprocessing.AuthenticationError):
+        connect_neighbours(control, [0, 1], 0, LANES)
+    assert refused
