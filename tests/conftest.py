@@ -19,15 +19,21 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def all_temporary() -> Iterator[Path]:
+    """Holds what libraries keep there from one test to the next, such as the media of W&B."""
+    with tempfile.TemporaryDirectory(prefix="cpipe_") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture
-def temporary() -> Iterator[Path]:
+def temporary(all_temporary: Path) -> Path:
     """A folder of the test's own: another run of the tests may be under way on this machine.
 
     Its path is short, which `tmp_path` is not: workers of a loader hand over tensors through a socket in it, and a
     socket's path may have 107 characters. With a longer one nothing arrives, and the loader waits for ever.
     """
-    with tempfile.TemporaryDirectory(prefix="test_") as folder:
-        yield Path(folder)
+    return Path(tempfile.mkdtemp(dir=all_temporary))
 
 
 @pytest.fixture(autouse=True)

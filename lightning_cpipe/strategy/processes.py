@@ -121,7 +121,8 @@ class Processes:
             # Children of a launcher that is gone are interrupted.
             orphaned = watch.is_orphan and isinstance(error, KeyboardInterrupt)
             cause = watch.report(ORPHANED if orphaned else f"{where}: {in_words(error)}")
-        echo = cause.rank != self.rank
+        # A connection broke because something else did, if only that this rank's own launcher is gone.
+        echo = cause.rank != self.rank or isinstance(error, RankLostError)
         if isinstance(error, RankLostError):
             error.args = (cause.text,)
         watch.stop()
