@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 LIMIT_S = 300
 
@@ -22,12 +22,11 @@ def run_ranks(function: Callable[[int], Any], ranks: int, threads: int = 1) -> l
         RuntimeError: if a rank fails, or all take longer than five minutes.
     """
     context = multiprocessing.get_context("fork")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # Held here, as by the agent of torchrun: ranks that look for it before rank 0 has made it wait half a second.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=_rank, args=(function, rank, ranks, threads, port, pipes[rank][1]), daemon=True)
+        context.Process(target=_rank, args=(function, rank, ranks, threads, store.port, pipes[rank][1]), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
@@ -59,6 +58,7 @@ def _rank(function: Callable[[int], Any], rank: int, ranks: int, threads: int, p
             "LOCAL_WORLD_SIZE": str(ranks),
             "GROUP_RANK": "0",
             "TORCHELASTIC_RUN_ID": "benchmark",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "OMP_NUM_THREADS": str(threads),
         }
     )

@@ -6,14 +6,18 @@ is one write and one read, which counts where a mini-batch takes milliseconds or
 
 from __future__ import annotations
 
+import logging
 import secrets
 import socket
 from collections.abc import Sequence
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 
 from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.transport.machine import this_machine
+
+log = logging.getLogger(__name__)
 
 _HERE = "127.0.0.1"
 _EVERYWHERE = ""
@@ -49,13 +53,11 @@ def connect_neighbours(
         if stage > 0:
             host, port = places[ranks[stage - 1]]
             for lane in lanes:
-                connection = _call(_HERE if is_here[stage - 1] else host, port, key, ranks[stage - 1])
-                connection.send(lane)
-                found[stage - 1, lane] = connection
+                found[stage - 1, lane] = _call(_HERE if is_here[stage - 1] else host, port, key, ranks[stage - 1])
         if stage < len(ranks) - 1:
-            for _ in lanes:
-                connection = listener.accept()
-                found[stage, connection.recv()] = connection
+            # One caller, who makes one call after the other.
+            for lane in lanes:
+                found[stage, lane] = _answer(listener)
     for connection in found.values():
         _send_at_once(connection)
     return found
@@ -70,6 +72,14 @@ def _call(host: str, port: int, key: bytes, peer: int) -> Connection:
             " their host names.",
             peer,
         ) from error
+
+
+def _answer(listener: Listener) -> Connection:
+    while True:
+        try:
+            return listener.accept()
+        except (AuthenticationError, EOFError, ConnectionError):
+            log.warning("somebody who does not belong to this run called at port %d", listener.address[1])
 
 
 def _send_at_once(connection: Connection) -> None:

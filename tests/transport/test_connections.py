@@ -105,21 +105,32 @@ def test_a_neighbour_that_can_not_be_reached_is_named() -> None:
     assert raised.value.lost == 1
 
 
-def test_a_stranger_is_not_let_in() -> None:
-    refused: list[Exception] = []
+def test_a_stranger_is_not_let_in(caplog: pytest.LogCaptureFixture) -> None:
+    key = b"known to this run"
+    callers: list[threading.Thread] = []
+    came: list[Any] = []
 
-    def knock(port: int) -> None:
-        try:
+    def call(port: int) -> None:
+        with pytest.raises(multiprocessing.AuthenticationError):
             Client(("127.0.0.1", port), authkey=b"guessed")
-        except (OSError, EOFError, multiprocessing.AuthenticationError) as error:
-            refused.append(error)
+        came.extend(Client(("127.0.0.1", port), authkey=key) for _ in LANES)
+
+    class Callers(Alone):
+        def share(self, content: Any) -> Any:
+            return key
 
     def other(mine: Any) -> Any:
         if isinstance(mine, tuple):
-            threading.Thread(target=knock, args=(mine[1],)).start()
+            callers.append(threading.Thread(target=call, args=(mine[1],)))
+            callers[0].start()
         return mine
 
-    control: Any = Alone(other)
-    with pytest.raises(multiprocessing.AuthenticationError):
-        connect_neighbours(control, [0, 1], 0, LANES)
-    assert refused
+    control: Any = Callers(other)
+    found = connect_neighbours(control, [0, 1], 0, LANES)
+    callers[0].join()
+    assert "somebody who does not belong to this run" in caplog.text
+    for theirs, lane in zip(came, LANES):
+        theirs.send(lane)
+        assert found[0, lane].recv() == lane
+    for connection in (*came, *found.values()):
+        connection.close()
