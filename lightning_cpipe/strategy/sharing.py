@@ -2,19 +2,21 @@
 
 Callbacks such as `ModelCheckpoint` and `EarlyStopping` run on every rank and must decide alike, but only the last
 stage makes the loss and the metrics. It says once per local step what changed, and whether to stop; the others hear
-it before their hooks of the same step run. A hook on the last stage that begins a collective says it first, so that
-no rank waits for a word that waits for it.
+it before their hooks of the same step run. If a hook on the last stage begins to agree on something, the word of the
+step is said before that, so that no rank waits for a word that waits for it, and a second one follows at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.timeline import EVALUATION, WAIT_DECISION, Timeline
@@ -22,9 +24,12 @@ from lightning_cpipe.strategy.lightning_private import known_metrics, learn_metr
 
 Numbers = dict[str, float]
 
+STEP = "step"
+REST_OF_STEP = "rest of the step"
 
-class _Said(NamedTuple):
-    """What the last stage says of a local step.
+
+class Word(NamedTuple):
+    """What the last stage says at one moment.
 
     Attributes:
         loss: of the mini-batch; None if there is none to tell.
@@ -43,123 +48,188 @@ class _Said(NamedTuple):
     more: bool
 
 
-class Sharing:
+class Sharing(ABC):
     """One rank's share of the talk.
 
     Args:
         trainer: whose metrics and flags are told or set.
-        decisions: the chain.
-        timeline: where it is noted how long this rank waits for them.
+        decisions: the chain on which words travel.
     """
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> None:
+    leads: bool
+    """Whether this rank holds the last stage."""
+
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
         self._trainer = trainer
         self._decisions = decisions
-        self._timeline = timeline
-        self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._loss: Tensor | None = None
-        self._step_is_open = False
-        self._said_early = False
-        self._heard: _Said | None = None
         self.hand_raised: Callable[[], bool] = lambda: False
         """Whether this rank, or one before it, has received a SIGTERM."""
 
-    @property
-    def leads(self) -> bool:
-        """Whether this rank holds the last stage."""
-        return self._decisions.leads
-
+    @abstractmethod
     def after_step(self, output: dict[str, Any]) -> None:
-        """The optimization of a local step is done; on other stages, `output` gets the true loss."""
-        if self.leads:
-            self._loss = output.get("loss")
-            self._step_is_open = True
-            self._said_early = False
-            return
-        self._heard = self._listen("step")
-        if self._heard.loss is not None:
-            output["loss"] = _tensor(self._heard.loss)
+        """The optimization of a local step is done; on other stages than the last, `output` gets the true loss."""
 
+    @abstractmethod
     def after_step_hooks(self) -> None:
-        """The hooks of a local step are done: every rank stops after the same one."""
-        if self.leads:
-            self._tell("more of the step" if self._said_early else "step", more=False)
-            self._step_is_open = False
-            return
-        if self._heard is not None and self._heard.more:
-            self._heard = self._listen("more of the step")
-        self._obey()
+        """The hooks of a local step are done: every rank stops after the same one.
 
+        Lightning comes by here without a step, too, when it resumes at the end of a validation.
+        """
+
+    @abstractmethod
     def before_collective(self) -> None:
         """A hook is about to wait for other ranks, which may be waiting for what this one has to say."""
-        if self.leads and self._step_is_open and not self._said_early:
-            self._tell("step", more=True)
-            self._said_early = True
 
+    @abstractmethod
     def metrics(self, topic: str) -> None:
         """Tell or learn what changed, at any other time."""
-        if self.leads:
-            # Reading them computes the values of the epoch.
-            _ = self._trainer.callback_metrics, self._trainer.logged_metrics
-            self._tell(topic, more=False)
-        else:
-            self._heard = self._listen(topic)
-            self._obey()
 
+    @abstractmethod
     def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
         """Tell or learn what was logged for the loader of an evaluation that was done last."""
-        numbers = self.agree("loader", _numbers(outputs[-1]) if self.leads else None)
-        if not self.leads:
-            outputs[-1] = _tensors(numbers)
+
+    @abstractmethod
+    def agree(self, topic: str, content: Any) -> Any:
+        """What the last stage has to say on a topic, on every rank."""
+
+
+class Speaker(Sharing):
+    """The last stage's share. Nothing here waits."""
+
+    leads = True
+
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
+        super().__init__(trainer, decisions)
+        self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self._loss: Tensor | None = None
+        self._next_word: str | None = None
+        """Of the step at hand; None between steps."""
+
+    @override
+    def after_step(self, output: dict[str, Any]) -> None:
+        self._loss = output.get("loss")
+        self._next_word = STEP
+
+    @override
+    def after_step_hooks(self) -> None:
+        if self._next_word is not None:
+            self._say(self._next_word)
+            self._next_word = self._loss = None
+
+    @override
+    def before_collective(self) -> None:
+        if self._next_word == STEP:
+            self._say(STEP, more=True)
+            self._next_word = REST_OF_STEP
+
+    @override
+    def metrics(self, topic: str) -> None:
+        # Reading them computes the values of the epoch.
+        _ = self._trainer.callback_metrics, self._trainer.logged_metrics
+        self._say(topic)
+
+    @override
+    def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
+        self.agree("loader", _numbers(outputs[-1]))
         # The hooks at the end of the evaluation's epoch may read them, before they log any themselves.
         self.metrics("loader's metrics")
 
+    @override
     def agree(self, topic: str, content: Any) -> Any:
-        """What the last stage has to say on a topic, on every rank."""
         self.before_collective()
-        if self.leads:
-            self._decisions.tell(topic, content)
-            return content
-        return self._hear(topic)
+        self._decisions.tell(topic, content)
+        return content
 
-    def _tell(self, topic: str, *, more: bool) -> None:
-        loss = None if self._loss is None else float(self._loss)
+    def _say(self, topic: str, *, more: bool = False) -> None:
         callback, logged = (
             {name: value for name, value in now.items() if told.get(name) is not value}
             for now, told in zip(known_metrics(self._trainer), self._told)
         )
         for told, changed in zip(self._told, (callback, logged)):
             told.update(changed)
-        said = _Said(
-            loss,
-            _numbers(callback),
-            _numbers(logged),
-            self._trainer.should_stop,
-            self.hand_raised(),
-            more,
-        )
-        set_received_sigterm(self._trainer, said.sigterm)
-        self._decisions.tell(topic, tuple(said))
+        loss = {} if self._loss is None else {"loss": self._loss}
+        of_loss, of_callback, of_logged = _in_numbers(loss, callback, logged)
+        sigterm = self.hand_raised()
+        set_received_sigterm(self._trainer, sigterm)
+        word = Word(of_loss.get("loss"), of_callback, of_logged, self._trainer.should_stop, sigterm, more)
+        self._decisions.tell(topic, tuple(word))
 
-    def _listen(self, topic: str) -> _Said:
-        said = _Said(*self._hear(topic))
-        learn_metrics(self._trainer, _tensors(said.callback), _tensors(said.logged))
-        return said
 
-    def _hear(self, topic: str) -> Any:
+class Listener(Sharing):
+    """Every other stage's share.
+
+    Args:
+        trainer: see `Sharing`.
+        decisions: see `Sharing`.
+        timeline: where it is noted how long this rank waits for a word.
+    """
+
+    leads = False
+
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> None:
+        super().__init__(trainer, decisions)
+        self._timeline = timeline
+        self._word: Word | None = None
+        """Of the step at hand; None between steps."""
+
+    @override
+    def after_step(self, output: dict[str, Any]) -> None:
+        self._word = self._listen(STEP)
+        if self._word.loss is not None:
+            output["loss"] = _tensor(self._word.loss)
+
+    @override
+    def after_step_hooks(self) -> None:
+        if self._word is not None:
+            self._obey(self._listen(REST_OF_STEP) if self._word.more else self._word)
+            self._word = None
+
+    @override
+    def before_collective(self) -> None:
+        pass
+
+    @override
+    def metrics(self, topic: str) -> None:
+        self._obey(self._listen(topic))
+
+    @override
+    def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
+        outputs[-1] = _tensors(self.agree("loader", None))
+        self.metrics("loader's metrics")
+
+    @override
+    def agree(self, topic: str, content: Any) -> Any:
         # What an evaluation takes is shown apart.
         kind = WAIT_DECISION if self._trainer.training else EVALUATION
         with self._timeline.measure(kind, self._timeline.batch):
             return self._decisions.hear(topic)
 
-    def _obey(self) -> None:
-        if self._heard is not None:
-            self._trainer.should_stop = self._heard.stop
-            set_received_sigterm(self._trainer, self._heard.sigterm)
+    def _listen(self, topic: str) -> Word:
+        word = Word(*self.agree(topic, None))
+        learn_metrics(self._trainer, _tensors(word.callback), _tensors(word.logged))
+        return word
+
+    def _obey(self, word: Word) -> None:
+        self._trainer.should_stop = word.stop
+        set_received_sigterm(self._trainer, word.sigterm)
 
 
 def _numbers(metrics: dict[str, Tensor]) -> Numbers:
-    return {name: float(value) for name, value in metrics.items()}
+    (numbers,) = _in_numbers(metrics)
+    return numbers
+
+
+def _in_numbers(*groups: dict[str, Tensor]) -> list[Numbers]:
+    """Groups of metrics as numbers. Together they are fetched from a device once, which waits for it."""
+    values = iter(_fetched([value for group in groups for value in group.values()]))
+    return [dict(zip(group, values)) for group in groups]
+
+
+def _fetched(scalars: Sequence[Tensor]) -> list[float]:
+    if not any(scalar.is_cuda for scalar in scalars):
+        return [float(scalar) for scalar in scalars]
+    fetched: list[float] = torch.stack([scalar.detach().reshape(()).double() for scalar in scalars]).tolist()
+    return fetched
 
 
 def _tensors(numbers: Numbers) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ from lightning_cpipe.strategy.refusals import (
     reasons_in_trainer,
     refuse,
 )
-from lightning_cpipe.strategy.sharing import Sharing
+from lightning_cpipe.strategy.sharing import Listener, Sharing, Speaker
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.whole import Whole
@@ -335,7 +335,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._run = StageRun(stage_module, self.processes.lanes(in_flight), self.timeline)
         self._steps = Steps(trainer, self._run, self._seed, self.root_device)
         if self.num_stages > 1:
-            self._sharing = Sharing(trainer, self._run.decisions, self.timeline)
+            decisions = self._run.decisions
+            speaks = decisions.leads
+            self._sharing = Speaker(trainer, decisions) if speaks else Listener(trainer, decisions, self.timeline)
             self._undo += arrange_hooks(trainer, module, cut, self._sharing)
         if fitting:
             training = self._steps.begin_training(self._schedule)

@@ -17,7 +17,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 
 from benchmarks.processes import run_ranks
@@ -450,6 +450,31 @@ def test_two_stages_go_on_where_plain_lightning_does(runs: Any, name: str) -> No
         assert seen["end"] == plain["end"] == ((EPOCHS + 1) * PER_EPOCH, EPOCHS + 1)
         assert [place for *place, _ in seen["batches"]] == [place for *place, _ in plain["batches"]]
         assert all(torch.equal(a[0], b[0]) for (*_, a), (*_, b) in zip(seen["batches"], plain["batches"]))
+
+
+def stop_on_rank_0(at: int) -> Callable[[], list[pl.Callback]]:
+    """Rank 0 alone asks for the end, in a hook of the step that ends at `at`."""
+
+    def stop(trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop |= trainer.is_global_zero and trainer.global_step == at
+
+    return lambda: [LambdaCallback(on_train_batch_end=stop)]
+
+
+@MOMENTS
+def test_after_a_resume_every_rank_hears_the_word_of_its_own_step(runs: Any, name: str) -> None:
+    """Lightning comes by the end of a step without a step when it resumes at a validation's end.
+
+    The last stage said a word there that nobody heard, and all others heard each later one a step too late: losses were
+    those of the mini-batch before, and a stop never came.
+    """
+    path = runs(3)[0] / f"{name}.ckpt"
+    begun = read(path)["global_step"]
+    ranks = fit(3, ckpt_path=path, max_epochs=EPOCHS + 1, callbacks=stop_on_rank_0(begun + 3))
+    assert [seen["end"][0] for seen in ranks] == [begun + 3] * 3
+    assert len(ranks[0]["losses"]) == 3
+    assert all(seen["losses"] == ranks[0]["losses"] for seen in ranks)
+    assert all(seen["metrics"] == ranks[0]["metrics"] for seen in ranks)
 
 
 def test_a_resumed_pipeline_resumes_again(runs: Any, tmp_path: Path) -> None:
