@@ -6,6 +6,7 @@ compares the names and their behaviour with what is written below, and fails by 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ __all__ = [
     "learn_metrics",
     "optimizers_to_device",
     "prepare_batch",
+    "reloads_loaders_at",
     "set_num_threads_if_needed",
     "set_received_sigterm",
     "set_sampler_epoch",
@@ -93,6 +95,15 @@ class FitLoop(_FitLoop):
     @_data_fetcher.setter
     def _data_fetcher(self, fetcher: DataFetcher | None) -> None:
         self.fetcher = None if fetcher is None else self.make_fetcher()
+
+    def forget_loaders_of_another_epoch(self) -> None:
+        """Let the loaders be made anew if they are to be now and then, and were made before the epoch was known.
+
+        The set-up asks for them, to look at the first batch, before a checkpoint tells the epoch.
+        """
+        every = self.trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        if every and self.trainer.current_epoch != self._last_train_dl_reload_epoch:
+            self._last_train_dl_reload_epoch = -math.inf
 
 
 class TrainingEpochLoop(_TrainingEpochLoop):
@@ -224,6 +235,12 @@ def as_of(trainer: pl.Trainer, epoch: int) -> Iterator[None]:
         yield
     finally:
         progress.completed = now
+
+
+def reloads_loaders_at(trainer: pl.Trainer, epoch: int) -> bool:
+    """Whether Lightning asks for new training loaders when it begins `epoch`."""
+    every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+    return bool(every) and epoch - trainer.fit_loop._last_train_dl_reload_epoch >= every
 
 
 def start_children(launcher: SubprocessScriptLauncher) -> None:

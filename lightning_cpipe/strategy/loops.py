@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cpipe.strategy.fetcher import Drawn, LookaheadFetcher, Released
+from lightning_cpipe.strategy.drawn import Drawn, Released
+from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.lightning_private import (
     AutomaticOptimization,
     DataFetcher,
@@ -126,6 +127,7 @@ class PipelineFitLoop(FitLoop):
 
     @override
     def run(self) -> None:
+        self.forget_loaders_of_another_epoch()
         with _not_transferred_twice(self.trainer):
             super().run()
 

@@ -20,7 +20,7 @@ from lightning_cpipe.stage.randomness import derived_seed, unchanged
 from lightning_cpipe.stage.step import Observed, Step
 from lightning_cpipe.stage.survey import Survey, survey
 from lightning_cpipe.stage.untouched import untouched
-from lightning_cpipe.strategy.fetcher import Drawn
+from lightning_cpipe.strategy.drawn import Drawn
 from lightning_cpipe.strategy.lightning_private import (
     combined_loader_of,
     evaluation_arguments,

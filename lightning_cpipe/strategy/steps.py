@@ -17,7 +17,7 @@ from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.randomness import derived_seed, seeded
 from lightning_cpipe.stage.versions import Versions
-from lightning_cpipe.strategy.fetcher import Drawn, Released
+from lightning_cpipe.strategy.drawn import Drawn, Released
 from lightning_cpipe.strategy.lightning_private import (
     has_transfer_hooks,
     prepare_batch,

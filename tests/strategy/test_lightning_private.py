@@ -104,6 +104,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer._signal_connector.received_sigterm": None,
     "trainer.fit_loop._combined_loader": None,
     "trainer.fit_loop._data_fetcher": None,
+    "trainer.fit_loop._last_train_dl_reload_epoch": None,
     "trainer.fit_loop._should_accumulate": (),
     "trainer.fit_loop.epoch_loop._build_kwargs": ("kwargs", "batch", "batch_idx"),
     "trainer.predict_loop._build_kwargs": ("batch", "batch_idx", "dataloader_idx"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD
 from tests.helpers.fits import fit_alone, fit_in_pipeline
@@ -21,6 +22,12 @@ LIMITS: dict[str, dict[str, Any]] = {
     "max_steps first": {"max_steps": 5, "max_epochs": 4},
     "max_epochs first": {"max_steps": 50, "max_epochs": 2},
     "max_steps with accumulation": {"max_steps": 5, "accumulate_grad_batches": 3},
+    # The factor is 1 when the first mini-batch is drawn, for the set-up.
+    "max_steps with accumulation by schedule": {
+        "max_steps": 7,
+        "max_epochs": -1,
+        "also": lambda: GradientAccumulationScheduler({0: 2, 1: 3}),
+    },
     "min_steps": {"max_time": timedelta(microseconds=1), "min_steps": 3, "max_epochs": 2},
     "min_epochs": {"max_time": timedelta(microseconds=1), "min_epochs": 2, "max_epochs": 3},
     "max_time": {"max_time": timedelta(microseconds=1), "max_epochs": 2},
@@ -69,13 +76,15 @@ def counted(trainer: pl.Trainer, _: pl.LightningModule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_limit_ends_training_where_plain_lightning_ends_it(name: str) -> None:
+    limits = dict(LIMITS[name])
+    also = limits.pop("also", None)
     options = {
         "module": Chain,
         "train": noise_loader,
         "val": partial(noise_loader, samples=15),
-        "callbacks": lambda: [Counts()],
+        "callbacks": lambda: [Counts(), also()] if also else [Counts()],
         "look": counted,
-        **LIMITS[name],
+        **limits,
     }
     plain = fit_alone(**options)
     for of_rank in fit_in_pipeline(2, **options):

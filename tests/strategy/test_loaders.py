@@ -7,17 +7,28 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, require_plain_results
+from tests.helpers.fits import (
+    Seen,
+    Watcher,
+    alone,
+    fit_alone,
+    fit_in_pipeline,
+    in_pipeline,
+    quiet_trainer,
+    require_plain_results,
+)
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
 SAMPLES = 11
@@ -185,3 +196,31 @@ def test_a_data_module_makes_the_loaders(reload: int) -> None:
         assert batches(of_rank) == batches(plain)
     for of_rank in others:
         assert ["prepare_data", *of_rank.found] == first.found
+
+
+class DataOfEpoch(pl.LightningDataModule):
+    """Its batches say in which epoch their loader was made."""
+
+    def train_dataloader(self) -> Any:
+        x = torch.full((9, WIDTH), float(self.trainer.current_epoch))
+        return DataLoader(list(zip(x, x, strict=True)), 3)
+
+
+@pytest.mark.parametrize(("every", "made_in"), [(2, [3, 3, 5, 5, 7]), (4, [3, 3, 3, 3, 7])])
+def test_after_a_resume_loaders_are_made_anew_when_plain_lightning_makes_them(
+    every: int, made_in: list[int], tmp_path: Path
+) -> None:
+    """It counts from the epoch of the resume, which nobody knows when the first batch is drawn for the set-up."""
+    saving = partial(ModelCheckpoint, tmp_path, "{step}", every_n_train_steps=10, auto_insert_metric_name=False)
+    fit_alone(Chain, DataOfEpoch, max_steps=10, callbacks=lambda: [saving()], enable_checkpointing=True)
+
+    def epochs(**options: Any) -> list[float]:
+        watcher = Watcher()
+        trainer = quiet_trainer(callbacks=[watcher], max_epochs=8, reload_dataloaders_every_n_epochs=every, **options)
+        trainer.fit(Chain(), datamodule=DataOfEpoch(), ckpt_path=tmp_path / "10.ckpt")
+        return [float(x[0, 0]) for x, _ in watcher.seen.batches]
+
+    plain = alone(epochs)
+    assert plain[-3 * len(made_in) :: 3] == made_in
+    for of_rank in in_pipeline(3, epochs):
+        assert of_rank == plain

@@ -1,0 +1,34 @@
+"""A mini-batch that was drawn ahead of Lightning's loop, and what stands for it on its way through the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_cpipe.engine.mini_batch import MiniBatch
+
+
+@dataclass
+class Drawn(MiniBatch):
+    """A mini-batch that was drawn, with its place in Lightning's counting.
+
+    Attributes:
+        epoch: which it belongs to.
+        index: its place in the epoch: Lightning's `batch_idx`.
+        is_last: whether it ends the epoch.
+        global_step: the optimizer steps that come before its own.
+        prepared: on the stage's device; made when it is first needed.
+    """
+
+    epoch: int = 0
+    index: int = 0
+    is_last: bool = False
+    global_step: int = 0
+    prepared: list[Any] = field(default_factory=list)
+
+
+class Released:
+    """Stands for a drawn mini-batch on its way through Lightning's loop, which would prepare it a second time."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        self.drawn = drawn
