@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from lightning_cpipe.torch_private import pytree
 
 
 class TensorSpec(NamedTuple):

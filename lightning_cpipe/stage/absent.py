@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_cpipe.errors import AbsentWeightError
+from lightning_cpipe.torch_private import instance_of_subclass, no_torch_function, pytree
 
 
 class AbsentParameter(nn.Parameter):
@@ -31,7 +31,7 @@ class AbsentParameter(nn.Parameter):
     here: int
 
     # Shape, dtype and the like never reach torch's dispatcher; what reaches it would compute.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @classmethod
     def of(cls, parameter: Tensor, name: str, home: int, here: int) -> AbsentParameter:
@@ -77,7 +77,7 @@ def _absent(
     shape: tuple[int, ...], dtype: torch.dtype, requires_grad: bool, name: str, home: int, here: int
 ) -> AbsentParameter:
     empty = torch.empty(shape, dtype=dtype, device="meta")
-    absent: AbsentParameter = torch.Tensor._make_subclass(AbsentParameter, empty, requires_grad)
+    absent = instance_of_subclass(AbsentParameter, empty, requires_grad)
     absent.full_name, absent.home, absent.here = name, home, here
     return absent
 

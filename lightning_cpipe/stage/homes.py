@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
 
@@ -64,12 +64,18 @@ class Homes:
         return tuple(sorted({*called, *touched}))
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """The stages that hold each parameter's weights."""
-        return {name: self.stages_of(name) for name, _ in self._root.named_parameters()}
+        """The stages that hold each parameter's weights, by all its names: within a stage, it may be tied."""
+        first: dict[nn.Parameter, str] = {}
+        named = self._root.named_parameters(remove_duplicate=False)
+        return {name: self.stages_of(first.setdefault(parameter, name)) for name, parameter in named}
 
     def buffers(self) -> dict[str, int]:
-        """The stage whose copy of each buffer is the true one: the first that calls the module."""
-        return {name: self._where_called(name)[0] for name, _ in self._root.named_buffers()}
+        """The stage whose copy of each buffer is the true one: the first that calls a module which holds it."""
+        named = list(self._root.named_buffers(remove_duplicate=False))
+        first: dict[Tensor, int] = {}
+        for name, buffer in named:
+            first[buffer] = min(first.get(buffer, self._last), self._where_called(name)[0])
+        return {name: first[buffer] for name, buffer in named}
 
     def stand_ins(self, stage: int) -> frozenset[str]:
         """The parameters trained elsewhere that code on `stage` touches without giving them a gradient."""

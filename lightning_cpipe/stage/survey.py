@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_cpipe.stage.blocks import find_blocks
+from lightning_cpipe.torch_private import TorchDispatchMode
 
 
 @dataclass(frozen=True)

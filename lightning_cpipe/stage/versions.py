@@ -20,6 +20,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.errors import WeightWrittenError
+from lightning_cpipe.torch_private import set_version_counters
+
 _ALIGNMENT = 512
 """Bytes. Each parameter starts where torch's own allocators would let it start, so kernels take the same path."""
 
@@ -66,11 +69,13 @@ class Versions:
     Where nothing is in flight at an update (on the last stage) nothing is copied: the update is in place.
 
     Args:
-        parameters: trainable ones, each once.
+        named: trainable parameters, each once, with their names.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = dict(named)
+        self._parameters = list(self._named.values())
+        self._counters = [parameter._version for parameter in self._parameters]
         self._newest = Version([parameter.data for parameter in self._parameters])
         self._used_by: dict[int, tuple[Version, int]] = {}
         self._free: list[Version] = []
@@ -83,7 +88,12 @@ class Versions:
         return len({id(version) for version, _ in self._used_by.values()} | {id(self._newest)}) + len(self._free)
 
     def use(self, batch: int) -> None:
-        """The forward of `batch` uses the newest version."""
+        """The forward of `batch` uses the newest version.
+
+        Raises:
+            WeightWrittenError: if a parameter was written to since the last update although batches in flight need it.
+        """
+        self._accept_writes()
         self._used_by[batch] = self._newest, self.count
 
     def number_of(self, batch: int) -> int:
@@ -126,13 +136,29 @@ class Versions:
     def updating(self) -> Iterator[None]:
         """Writes into the parameters inside are updates, which autograd need not know of.
 
-        The graphs in flight saved other versions' storage; the counter that would tell them otherwise is put back.
+        The graphs in flight saved other versions' storage; the counters that would tell them otherwise are put back.
         """
-        with torch.autograd._unsafe_preserve_version_counter(tuple(self._parameters)):
+        try:
             yield
+        finally:
+            set_version_counters(self._parameters, self._counters)
         # An optimizer may bind the parameters to other memory (`p.data = ...`) instead of writing into theirs.
         if any(p.data_ptr() != data.data_ptr() for p, data in zip(self._parameters, self._newest.data)):
             self._newest = Version([parameter.data for parameter in self._parameters])
+
+    def _accept_writes(self) -> None:
+        """A hook after an update may write into the newest version, which nothing in flight has used yet."""
+        now = [parameter._version for parameter in self._parameters]
+        if now == self._counters:
+            return
+        if self._in_use(self._newest):
+            written = [name for name, was, is_ in zip(self._named, self._counters, now) if was != is_]
+            raise WeightWrittenError(
+                f"{', '.join(written)} changed outside the optimizer's step, while mini-batches in flight had been"
+                " forwarded with the version that was written into. Change weights right after an update (with"
+                " `accumulate_grad_batches`, only after the last mini-batch of one), or in the optimizer."
+            )
+        set_version_counters(self._parameters, self._counters)
 
     def _point_at(self, version: Version) -> None:
         for parameter, data in zip(self._parameters, version.data):

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import nn
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.training import TrainingStream
@@ -52,9 +51,9 @@ class Steps:
 
     def begin_training(self, schedule: Schedule) -> TrainingStream:
         """Be ready to train the weights that are on this stage."""
-        own: list[nn.Parameter] = [
-            parameter
-            for parameter in self._lightning_module.parameters()
+        own = [
+            (name, parameter)
+            for name, parameter in self._lightning_module.named_parameters()
             if parameter.requires_grad and not isinstance(parameter, AbsentParameter)
         ]
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1

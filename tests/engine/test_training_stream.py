@@ -82,7 +82,7 @@ class Stage:
         self.stream = TrainingStream(
             half,  # type: ignore[arg-type]
             Continuous(),
-            Versions([half.weight]),
+            Versions([("weight", half.weight)]),
             to,
             self.timeline,
             self.data,

@@ -92,3 +92,22 @@ def test_every_weight_has_a_home() -> None:
     found = homes({"frozen": (0, 2)}, module).parameters()
     assert found.keys() == dict(module.named_parameters()).keys()
     assert all(found.values())
+
+
+class Tied(nn.Module):
+    """Holds a parameter and a buffer under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+        self.two.weight, self.two.running_mean = self.one.weight, self.one.running_mean
+
+
+def test_every_name_of_what_is_tied_within_a_stage_has_a_home() -> None:
+    found = homes({"one": (1,), "two": (0,)}, Tied())
+    found.trains(1, ["one.weight", "one.bias"])
+    found.trains(0, ["two.bias"])
+    assert found.parameters() == {"one.weight": (1,), "one.bias": (1,), "two.weight": (1,), "two.bias": (0,)}
+    buffers = found.buffers()
+    assert buffers["one.running_mean"] == buffers["two.running_mean"] == 0
+    assert (buffers["one.running_var"], buffers["two.running_var"]) == (1, 0)

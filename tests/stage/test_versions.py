@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_cpipe.errors import WeightWrittenError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.versions import Version, Versions
@@ -190,7 +191,7 @@ class Stage:
         self.schedule = schedule or Continuous()
         self.num_stages = lag + 1
         self.optimizer = make_optimizer(module.parameters())
-        self.versions = Versions(p for p in module.parameters() if p.requires_grad)
+        self.versions = Versions((n, p) for n, p in module.named_parameters() if p.requires_grad)
         self.used: dict[int, int] = {}
         self.alive: list[int] = []
         self.in_flight: dict[int, tuple[Pass, nn.Module | None]] = {}
@@ -348,7 +349,7 @@ def in_memory(name: str) -> nn.Parameter:
 def test_strides_are_kept(name: str) -> None:
     parameter = in_memory(name)
     before, strides = parameter.detach().clone(), parameter.stride()
-    versions = Versions([parameter, nn.Parameter(torch.ones(3))])
+    versions = Versions([("one", parameter), ("other", nn.Parameter(torch.ones(3)))])
     versions.use(0)
     versions.advance()
     assert parameter.stride() == strides
@@ -357,7 +358,7 @@ def test_strides_are_kept(name: str) -> None:
 
 def test_gaps_are_closed() -> None:
     parameter = nn.Parameter(torch.arange(12.0).view(3, 4)[:, :2])
-    versions = Versions([parameter])
+    versions = Versions([("weight", parameter)])
     versions.use(0)
     versions.advance()
     assert parameter.is_contiguous()
@@ -368,7 +369,7 @@ def test_dtypes_may_be_mixed() -> None:
     dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.float32]
     parameters = [nn.Parameter(torch.randn(5).to(dtype)) for dtype in dtypes]
     before = [p.detach().clone() for p in parameters]
-    versions = Versions(parameters)
+    versions = Versions((str(number), parameter) for number, parameter in enumerate(parameters))
     for batch in range(3):
         versions.use(batch)
         versions.advance()
@@ -394,7 +395,7 @@ def test_frozen_parameters_are_left_alone() -> None:
     module = net_with("linear")
     module[0].weight.requires_grad_(False)
     place = module[0].weight.data_ptr()
-    versions = Versions(p for p in module.parameters() if p.requires_grad)
+    versions = Versions((n, p) for n, p in module.named_parameters() if p.requires_grad)
     versions.use(0)
     versions.advance()
     assert module[0].weight.data_ptr() == place
@@ -403,7 +404,7 @@ def test_frozen_parameters_are_left_alone() -> None:
 
 def test_an_update_is_hidden_from_the_graphs_in_flight() -> None:
     parameter = nn.Parameter(torch.ones(3))
-    versions = Versions([parameter])
+    versions = Versions([("weight", parameter)])
     loss = (parameter * parameter).sum()
     with versions.updating(), torch.no_grad():
         parameter.mul_(1)
@@ -414,7 +415,7 @@ def test_an_update_is_hidden_from_the_graphs_in_flight() -> None:
 
 def test_an_error_in_a_backward_leaves_the_newest_weights() -> None:
     parameter = nn.Parameter(torch.ones(3))
-    versions = Versions([parameter])
+    versions = Versions([("weight", parameter)])
     versions.use(0)
     versions.advance()
     with versions.updating(), torch.no_grad():
@@ -433,7 +434,7 @@ def test_an_error_in_a_backward_leaves_the_newest_weights() -> None:
 def test_an_optimizer_may_bind_its_parameters_to_other_memory() -> None:
     """`p.data = p.data - ...` instead of `p.data.sub_(...)`: the update must outlive the next backward."""
     parameter = nn.Parameter(torch.zeros(3))
-    versions = Versions([parameter])
+    versions = Versions([("weight", parameter)])
     for batch in range(4):
         versions.use(batch)
         if batch:
@@ -444,3 +445,31 @@ def test_an_optimizer_may_bind_its_parameters_to_other_memory() -> None:
         with versions.updating():
             parameter.data = parameter.data + 1
     assert parameter.tolist() == [4, 4, 4]
+
+
+def test_a_hook_may_write_into_weights_right_after_an_update() -> None:
+    """As weight clamping does. Autograd took the older versions in flight for changed, and refused their backward."""
+    parameter = nn.Parameter(torch.ones(3))
+    versions = Versions([("weight", parameter)])
+    versions.use(0)
+    loss = (parameter * parameter).sum()
+    versions.advance()
+    with versions.updating(), torch.no_grad():
+        parameter.add_(1)
+    with torch.no_grad():
+        parameter.clamp_(max=1.5)
+    versions.use(1)
+    with versions.of(0):
+        loss.backward()
+    assert parameter.grad.tolist() == [2, 2, 2]
+    assert parameter.tolist() == [1.5, 1.5, 1.5]
+
+
+def test_a_write_that_batches_in_flight_would_not_see_is_refused_by_name() -> None:
+    still, written = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    versions = Versions([("net.still", still), ("net.written", written)])
+    versions.use(0)
+    with torch.no_grad():
+        written.clamp_(max=0.5)
+    with pytest.raises(WeightWrittenError, match=r"^net\.written changed outside the optimizer's step"):
+        versions.use(1)

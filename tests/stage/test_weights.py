@@ -128,7 +128,7 @@ def test_everything_is_held_by_one_stage() -> None:
 def test_what_is_held_is_a_copy() -> None:
     """A weight is a view into a buffer of all weights: sent as it is, it would take the whole buffer along."""
     module = Module()
-    versions = Versions(module.parameters())
+    versions = Versions(module.named_parameters())
     versions.use(0)
     versions.advance()
     held = held_by(module, CUT, 0)["first.weight"]

@@ -486,6 +486,28 @@ def test_a_resumed_pipeline_resumes_again(runs: Any, tmp_path: Path) -> None:
     require_trained_to_the_end(ranks[0], 18)
 
 
+class TiedWithinAStage(Chain):
+    """The first two blocks share a weight; with two stages, both lie on the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1].linear.weight = self.net[0].linear.weight
+
+
+def test_what_is_tied_within_a_stage_is_saved_under_both_names_and_resumes(tmp_path: Path) -> None:
+    """The second name's entry was the last stage's: a stand-in without numbers, and no resume came past it."""
+    at_end = lambda: [ModelCheckpoint(tmp_path, "{step}", save_last=True, auto_insert_metric_name=False)]  # noqa: E731
+    ranks = fit(2, module=TiedWithinAStage, callbacks=at_end, max_epochs=1)
+    found = read(tmp_path / "last.ckpt")["state_dict"]
+    assert torch.equal(found["net.0.linear.weight"], found["net.1.linear.weight"])
+    require_same_bits(found, ranks[0]["weights"])
+    TiedWithinAStage.load_from_checkpoint(tmp_path / "last.ckpt")
+    ranks = fit(2, module=TiedWithinAStage, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    begun = {name: weight for seen in ranks for name, weight in seen["start"]["weights"].items()}
+    require_same_bits(begun, {name: weight for name, weight in found.items() if name in begun})
+    assert found.keys() - begun.keys() == {"net.1.linear.weight"}
+
+
 def test_weights_alone_can_be_loaded_before_a_fit(runs: Any) -> None:
     path = runs(3)[0] / "weights" / "step=12.ckpt"
     ranks = fit(2, module=lambda: Grouped.load_from_checkpoint(path), max_epochs=1)

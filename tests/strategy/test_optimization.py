@@ -93,6 +93,35 @@ def test_overridden_steps_of_the_optimizer() -> None:
     require_plain_results(3, OwnStep, noise_loader)
 
 
+class Clamps(Chain):
+    """Keeps its weights small, in a hook after each step or in the step of the optimizer."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook = hook
+
+    def _clamp(self) -> None:
+        with torch.no_grad():
+            for parameter in of_stage(self.optimizers()):
+                parameter.clamp_(-0.02, 0.02)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.hook == "on_train_batch_end":
+            self._clamp()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.hook == "optimizer_step":
+            self._clamp()
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "optimizer_step"])
+def test_weights_may_be_clamped_after_each_update(hook: str) -> None:
+    seen = fit_in_pipeline(3, partial(Clamps, hook), noise_loader, max_epochs=2)[0]
+    assert max(float(weight.abs().max()) for weight in seen.weights.values()) <= 0.02
+    assert len(seen.losses) == 16
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 def test_one_stage_accumulates_as_plain_lightning(accumulate: int) -> None:
     options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}

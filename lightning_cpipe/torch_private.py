@@ -1,0 +1,48 @@
+"""Every private name of torch that this package touches, in one place.
+
+A test compares them, and what they do, with what is written below.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "TorchDispatchMode",
+    "instance_of_subclass",
+    "no_torch_function",
+    "pytree",
+    "set_version_counters",
+]
+
+SubClass = TypeVar("SubClass", bound=Tensor)
+
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+"""As a subclass's `__torch_function__`: functions of torch see a plain tensor."""
+
+
+def instance_of_subclass(cls: type[SubClass], tensor: Tensor, requires_grad: bool) -> SubClass:
+    """A tensor of class `cls` with the metadata and the storage of `tensor`."""
+    made: SubClass = torch.Tensor._make_subclass(cls, tensor, requires_grad)
+    return made
+
+
+def set_version_counters(tensors: Sequence[Tensor], counters: Sequence[int]) -> None:
+    """Let autograd take the tensors for written to as often as `counters` say, whatever was written since."""
+    if _TAKES_SEVERAL:
+        torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(counters))
+    else:
+        for tensor, counter in zip(tensors, counters):
+            torch._C._autograd._unsafe_set_version_counter(tensor, counter)  # type: ignore[arg-type]
+
+
+_TAKES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
+"""Since torch 2.7; before, one at a time."""

@@ -1,0 +1,63 @@
+"""The private names of torch that the package touches are there, do what they did, and are touched in one file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_cpipe
+from lightning_cpipe import torch_private
+from lightning_cpipe.torch_private import instance_of_subclass, set_version_counters
+
+PACKAGE = Path(lightning_cpipe.__file__).parent
+
+
+def test_no_other_file_touches_a_private_name() -> None:
+    pattern = re.compile(
+        r"(?:from|import) torch[\w.]*\._\w+|from torch[\w.]* import _\w+|\btorch(?:\.\w+)*\._[a-zA-Z]\w*\b"
+    )
+    found = {
+        (file.name, name)
+        for file in PACKAGE.rglob("*.py")
+        if file.name != "torch_private.py"
+        for name in pattern.findall(file.read_text())
+    }
+    # An operator, and what an error advises.
+    assert found == {("absent.py", "torch.ops.aten._to_copy"), ("describing.py", "torch.utils._pytree")}
+
+
+@pytest.mark.parametrize("takes_several", [True, False])
+def test_writes_can_be_hidden_from_autograd(takes_several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.7, the counter of one tensor at a time could be set."""
+    put = torch._C._autograd._unsafe_set_version_counter
+
+    def put_one(tensor: Tensor, counter: int) -> None:
+        assert isinstance(tensor, Tensor)
+        put((tensor,), (counter,))
+
+    if not takes_several:
+        monkeypatch.setattr(torch_private, "_TAKES_SEVERAL", False)
+        monkeypatch.setattr(torch._C._autograd, "_unsafe_set_version_counter", put_one)
+    tensors = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    loss = sum((tensor * tensor).sum() for tensor in tensors)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.mul_(3)
+    set_version_counters(tensors, [0, 0, 0])
+    assert [tensor._version for tensor in tensors] == [0, 0, 0]
+    loss.backward()
+    assert tensors[0].grad.tolist() == [6, 6]
+
+
+def test_an_instance_of_a_subclass_shares_the_storage() -> None:
+    class Named(torch.Tensor):
+        pass
+
+    tensor = torch.ones(2)
+    made = instance_of_subclass(Named, tensor, False)
+    assert type(made) is Named
+    assert made.data_ptr() == tensor.data_ptr()
