@@ -102,7 +102,12 @@ class Versions:
 
     @contextmanager
     def of(self, batch: int) -> Iterator[None]:
-        """The parameters are what the forward of `batch` used."""
+        """The parameters are what the forward of `batch` used.
+
+        Raises:
+            WeightWrittenError: see `use`.
+        """
+        self._accept_writes()
         used, _ = self._used_by[batch]
         if used is self._newest:
             yield
