@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,9 @@ def _is_own_command() -> bool:
     The command registers the strategy itself, where it needs it; ``cpipe schedule`` and the like are spared the
     seconds that importing Lightning takes.
     """
-    arguments = sys.orig_argv
-    module = arguments[arguments.index("-m") + 1] if "-m" in arguments[:-1] else ""
-    return module.partition(".")[0] == __name__ or Path(sys.argv[0]).stem == "cpipe"
+    # Python's own options come first; what follows the script is the script's.
+    arguments = list(dropwhile(lambda each: each.startswith("-") and each != "-m", sys.orig_argv[1:]))
+    return arguments[:2] == ["-m", __name__] or Path(sys.argv[0]).name == "cpipe"
 
 
 if not _is_own_command():

@@ -11,6 +11,7 @@ What crosses is not known here; the probe finds it out and writes it into a `Pas
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Replay:
         self._passages = dict(passages)
         self._device = device
         self._running: _Run | None = None
-        self._zeros: dict[TensorSpec, Tensor] = {}
+        self._zeros: dict[torch.dtype, Tensor] = {}
         self._stubs: list[_Stub] = []
         self._handles: list[RemovableHandle] = []
 
@@ -135,11 +136,17 @@ class Replay:
         return True, run.stub_output(name, self._filler)
 
     def _filler(self, spec: TensorSpec) -> Tensor:
-        """Zeros that nobody's result depends on, kept from step to step. Written into, they are as good as before."""
-        zeros = self._zeros.get(spec)
-        if zeros is None or zeros.is_inference():
-            zeros = self._zeros[spec] = torch.zeros(spec.shape, dtype=spec.dtype, device=self._device)
-        return zeros.data
+        """Zeros that nobody's result depends on, cut out of the same memory each time.
+
+        Written into, they are as good as before.
+        """
+        size = math.prod(spec.shape)
+        zeros = self._zeros.get(spec.dtype)
+        if zeros is None or zeros.numel() < size:
+            # A tensor that is made in inference mode could not be used outside.
+            with torch.inference_mode(False):
+                zeros = self._zeros[spec.dtype] = torch.zeros(size, dtype=spec.dtype, device=self._device)
+        return zeros[:size].view(spec.shape)
 
     def _capture(self, name: str) -> Callable[..., None]:
         def capture(module: nn.Module, args: Any, output: Any) -> None:

@@ -22,14 +22,18 @@ def keep_only(root: nn.Module, cut: Cut, stage: int) -> None:
             _replace(root, parameter, AbsentParameter.of(parameter, name, cut.homes[name][0], stage))
 
 
-def make_room(root: nn.Module, cut: Cut | None = None, stage: int = 0) -> None:
-    """Undo `keep_only`: every parameter has memory again, on the CPU; the numbers are to be filled in."""
-    for name, parameter in list(root.named_parameters()):
+def unfreeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:
+    """Let the stand-ins of a stage be trainable again, as the user had them."""
+    for name in cut.stand_ins[stage]:
+        root.get_parameter(name).requires_grad_(True)
+
+
+def make_room(root: nn.Module) -> None:
+    """Give every absent parameter memory again, on the CPU; the numbers are to be filled in."""
+    for parameter in list(root.parameters()):
         if isinstance(parameter, AbsentParameter):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
             _replace(root, parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        elif cut is not None and name in cut.stand_ins[stage]:
-            parameter.requires_grad_(True)
 
 
 def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:

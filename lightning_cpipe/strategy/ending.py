@@ -32,6 +32,10 @@ class Ending:
         self._actions: list[Callable[[], object]] = []
         self._hook = sys.excepthook
 
+    def is_not_near(self) -> None:
+        """The run that could have gone wrong is no more."""
+        atexit.unregister(self._at_exit)
+
     def because(self, cause: FirstCause | None, error: BaseException, *, echo: bool) -> None:
         """The process is about to end.
 

@@ -19,8 +19,12 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of
 from lightning_cpipe.strategy.sharing import Sharing
 
-_BATCH_ENDS = ("on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end")
-"""They are given the step's output, which only the last stage has."""
+_ENDS = {
+    "on_validation_batch_end": "on_validation_epoch_end",
+    "on_test_batch_end": "on_test_epoch_end",
+    "on_predict_batch_end": "on_predict_epoch_end",
+}
+"""Hooks that are given a step's output, which only the last stage has -> those that may use what they collected."""
 
 _EPOCH_END = {
     "training_step": "on_train_epoch_end",
@@ -36,7 +40,8 @@ def arrange_hooks(
     """Let each hook run where it belongs.
 
     - Only the last stage logs. What it logged, `Sharing` lets the others know.
-    - The hooks at the end of an evaluation's batch run on the last stage only, the module's and all callbacks'.
+    - The hooks at the end of an evaluation's batch run on the last stage only, the module's and all callbacks'; and so
+      does the hook at the end of its epoch, of whoever has one for the batch, too.
     - The module's hook at the end of an epoch runs on every stage, unless the step leaves something behind on the last
       stage alone, such as a list of outputs: then it runs there only.
 
@@ -46,8 +51,10 @@ def arrange_hooks(
     undo = _keep_metrics_apart(trainer, module)
     if not sharing.leads:
         undo.append(instead_of(module, "log", _nothing))
-        for hook in _BATCH_ENDS:
-            undo += [instead_of(owner, hook, _nothing) for owner in (module, *callbacks_of(trainer))]
+        for owner in (module, *callbacks_of(trainer)):
+            for of_batch, of_epoch in _ENDS.items():
+                if is_overridden(of_batch, owner):
+                    undo += [instead_of(owner, of_batch, _nothing), instead_of(owner, of_epoch, _nothing)]
         undo += [
             instead_of(module, _EPOCH_END[step], _nothing) for step, found in cut.steps.items() if found.leaves_behind
         ]

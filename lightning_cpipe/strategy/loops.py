@@ -52,6 +52,9 @@ class Pipeline(Protocol):
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
 
+    def before_epoch(self) -> None:
+        """An epoch begins, and its first hooks were called."""
+
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
 
@@ -139,6 +142,7 @@ class PipelineFitLoop(FitLoop):
     @override
     def on_advance_start(self) -> None:
         super().on_advance_start()
+        self.pipeline.before_epoch()
         if isinstance(self.fetcher, LookaheadFetcher):
             self.fetcher.keep_sampler_epoch()
 

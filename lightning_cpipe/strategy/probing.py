@@ -29,6 +29,7 @@ from lightning_cpipe.strategy.lightning_private import (
     training_arguments,
 )
 from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
+from lightning_cpipe.strategy.refusals import refuse_broadcast
 from lightning_cpipe.tree import signature
 
 _CONTEXTS = {
@@ -143,6 +144,9 @@ def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[Non
         instead_of(module, "log", log),
         instead_of(module, "print", lambda *_, **__: None),
     ]
+    if trainer.world_size > 1:
+        # Only rank 0 is here.
+        undo.append(instead_of(trainer.strategy, "broadcast", refuse_broadcast))
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import uuid
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -64,6 +65,9 @@ class Processes:
         if num_stages > 1:
             ranks = [num_stages - 1 - stage for stage in range(num_stages)]
             self._wiring = Wiring(self.control, ranks, self.stage, device, self._backend)
+        # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
+        self._letting_go = weakref.finalize(self, _let_go_of, self._wiring, self.control, self._ending)
+        self._letting_go.atexit = False
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -115,6 +119,7 @@ class Processes:
         watch, words = self._watch, self._words
         if watch is None or words is None:
             return
+        self._letting_go.detach()
         if isinstance(error, RankLostError):
             cause = watch.explain(error.lost)
         else:
@@ -156,3 +161,10 @@ class Processes:
             dist.destroy_process_group()
         else:
             self._wiring.disconnect()
+
+
+def _let_go_of(wiring: Wiring | None, control: Control, ending: Ending) -> None:
+    if wiring is not None:
+        wiring.close()
+    control.close()
+    ending.is_not_near()

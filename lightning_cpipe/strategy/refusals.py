@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -30,6 +31,18 @@ def refuse(reasons: Iterable[str]) -> None:
         raise MisconfigurationException(
             "strategy='continuous_pipe' can't run this:\n" + "\n".join(f"  - {reason}" for reason in found)
         )
+
+
+def refuse_broadcast(*_: object, **__: object) -> NoReturn:
+    """Stands for `broadcast` inside a step.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "`broadcast` inside a step: the stages run the step of a mini-batch one after the other, so rank 0 would speak"
+        " only when the others are past it. Broadcast in a hook, such as `on_train_batch_start`."
+    )
 
 
 def reasons_in_options(
@@ -97,18 +110,25 @@ def reasons_in_trainer(
             "precision='16-mixed': the loss scale would have to be the same on all stages. Use 'bf16-mixed' or"
             f" 'bf16-true'. {LATER}"
         )
+    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+            yield f"`{step}(self, dataloader_iter)`: take `batch` and `batch_idx` instead."
     if not trainer.training:
         return
     averaging = [type(each).__name__ for each in callbacks_of(trainer) if type(each).__name__ in _AVERAGING]
     if averaging and num_stages > 1:
         yield f"{averaging[0]}: it copies and averages the whole module, of which each rank has one stage. {LATER}"
+    finetuning = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, BaseFinetuning)]
+    if finetuning and num_stages > 1:
+        yield (
+            f"{finetuning[0]}: the weights that are trained are settled when the module is cut, and it unfreezes some"
+            f" later. Fit twice, with the weights unfrozen (`requires_grad_(True)`) in between. {LATER}"
+        )
     if not module.automatic_optimization:
         yield (
             "automatic_optimization=False: in a pipeline the forward and the backward of one step are about different"
             " mini-batches, which only automatic optimization can arrange. Let `training_step` return the loss."
         )
-    elif is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        yield "`training_step(self, dataloader_iter)`: take `batch` and `batch_idx` instead."
 
 
 def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:

@@ -48,6 +48,9 @@ class Steps:
         self._takes_batch_idx = self._transfers_its_own_way = True
         self._evaluations = 0
         self._mark = (-1, 0)
+        self._trainable: dict[str, bool] = {}
+        self.running = False
+        """Whether the user's `training_step` is running."""
 
     def begin_training(self, schedule: Schedule) -> TrainingStream:
         """Be ready to train the weights that are on this stage."""
@@ -56,9 +59,28 @@ class Steps:
             for name, parameter in self._lightning_module.named_parameters()
             if parameter.requires_grad and not isinstance(parameter, AbsentParameter)
         ]
+        self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
         return self._run.train(schedule, Versions(own), fetcher_of(self._trainer), self._run_training_step)
+
+    def require_same_trainable(self) -> None:
+        """The weights that get a gradient must be those for which the module was cut.
+
+        Raises:
+            MisconfigurationException: if some were frozen or unfrozen since.
+        """
+        now = self._trainable_now()
+        changed = [name for name, was in self._trainable.items() if self._several and now.get(name) != was]
+        if changed:
+            raise MisconfigurationException(
+                f"`requires_grad` of {len(changed)} parameters changed since the module was cut, that of {changed[0]!r}"
+                " first: stages send each other the gradients that were needed then. Freeze and unfreeze before `fit`,"
+                " and fit again after a change."
+            )
+
+    def _trainable_now(self) -> dict[str, bool]:
+        return {name: parameter.requires_grad for name, parameter in self._lightning_module.named_parameters()}
 
     def prepare(self, batch: Any, as_usual: Callable[[Any], Any]) -> Any:
         """A batch as the step gets it; `as_usual` does what Lightning does with those of an evaluation."""
@@ -129,8 +151,12 @@ class Steps:
         assert isinstance(mini_batch, Drawn)
         batch = self._prepared(mini_batch)
         arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
-        with at_its_own_time(self._trainer, mini_batch), self._precision.train_step_context():
-            return self._lightning_module.training_step(*arguments)
+        self.running = True
+        try:
+            with at_its_own_time(self._trainer, mini_batch), self._precision.train_step_context():
+                return self._lightning_module.training_step(*arguments)
+        finally:
+            self.running = False
 
     def _prepared(self, drawn: Drawn) -> Any:
         """The mini-batch as the step gets it; prepared once."""

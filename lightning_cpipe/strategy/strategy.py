@@ -15,7 +15,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -50,6 +50,7 @@ from lightning_cpipe.strategy.refusals import (
     reasons_in_options,
     reasons_in_trainer,
     refuse,
+    refuse_broadcast,
 )
 from lightning_cpipe.strategy.sharing import Listener, Sharing, Speaker
 from lightning_cpipe.strategy.stage_run import StageRun
@@ -59,8 +60,8 @@ from lightning_cpipe.tree import flatten
 
 _ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
 
-_CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler)
-"""Callbacks that change the module or the plan when an epoch begins."""
+_CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)
+"""Callbacks that change the plan when an epoch begins."""
 
 
 class ContinuousPipeStrategy(ParallelStrategy):
@@ -407,6 +408,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self._sharing is not None:
             self._sharing.after_step_hooks()
 
+    def before_epoch(self) -> None:
+        """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
+        self.steps.require_same_trainable()
+
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
         if self._sharing is not None:
@@ -479,6 +484,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if src != 0:
             raise ValueError(f"broadcast(src={src}): in a pipeline, only rank 0 is ahead of all others.")
         if self._streaming and self._sharing is not None:
+            if self.steps.running:
+                refuse_broadcast()
             return self._sharing.agree("broadcast", obj)
         return obj if self._processes is None else self._processes.control.share(obj)
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room
+from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, unfreeze_stand_ins
 from lightning_cpipe.strategy.checkpoint import (
     GroupOrder,
     Part,
@@ -77,10 +77,11 @@ class Whole:
         everyones = self._control.collect(held_by(self._module, self._cut, self._stage))
         parts = self._parts({}, with_optimizers=True)
         self._module.cpu()
+        unfreeze_stand_ins(self._module, self._cut, self._stage)
         if not everyones:
             return []
         own = {"state_dict": {}, "optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers]}
-        make_room(self._module, self._cut, self._stage)
+        make_room(self._module)
         for each in everyones:
             fill(self._module, each)
         states: list[State] = joined(own, parts, self._orders)["optimizer_states"]

@@ -30,6 +30,12 @@ class Control:
         self._num_ranks = num_ranks
         self._group = dist.new_group(backend="gloo", timeout=NEVER) if num_ranks > 1 else None
 
+    def close(self) -> None:
+        """Let go of the group; of no use afterwards."""
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self._group is not None:

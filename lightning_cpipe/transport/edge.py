@@ -7,6 +7,7 @@ What counts on an edge is only that both ends take the messages in the same orde
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -121,6 +122,9 @@ class Edge:
         return RankLostError(f"the connection to rank {self._peer} broke", self._peer)
 
 
+_LOOK_S = 1e-4
+
+
 class NcclEdge(Edge):
     """The same on NCCL, where waiting means that the current stream waits, and the process does not.
 
@@ -129,8 +133,16 @@ class NcclEdge(Edge):
     """
 
     def _reap(self, limit: int) -> None:
-        # Waiting for a send would make the stage's own stream wait; a completed one can be let go.
-        while self._sent and all(work.is_completed() for work in self._sent[0].works):
-            self._sent.popleft()
+        # Waiting for a send would make the stage's own stream wait. So a completed one is let go, and beyond the limit
+        # the process waits until one is; only at the end the stream may wait, too.
+        while self._sent and (len(self._sent) > limit > 0 or self._is_oldest_completed):
+            if self._is_oldest_completed:
+                self._sent.popleft()
+            else:
+                time.sleep(_LOOK_S)
         if limit == 0:
             super()._reap(0)
+
+    @property
+    def _is_oldest_completed(self) -> bool:
+        return all(work.is_completed() for work in self._sent[0].works)

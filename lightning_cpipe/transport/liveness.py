@@ -54,7 +54,15 @@ class FirstCause(NamedTuple):
     @classmethod
     def of(cls, rank: int, stage: int, story: str, *, is_mute: bool = False) -> FirstCause:
         """The cause in one sentence."""
-        return cls(rank, f"the pipeline ended because stage {stage} (rank {rank}) failed: {story}", is_mute)
+        return cls(rank, f"{_beginning(rank, stage)}{story}", is_mute)
+
+    def tells(self, story: str, stage: int) -> bool:
+        """Whether the story begins so; an error's own text never does."""
+        return self.text.startswith(_beginning(self.rank, stage) + story)
+
+
+def _beginning(rank: int, stage: int) -> str:
+    return f"the pipeline ended because stage {stage} (rank {rank}) failed: "
 
 
 GONE = "its process is gone (killed?)"
@@ -234,7 +242,7 @@ class Watch:
             if self._is_silence(unanswered) and not self._may_store_be_slow():
                 self._conclude(self._silence(0))
         if self._cause is not None:
-            if SILENT in self._cause.text:
+            if self._cause.tells(SILENT, self._stages[self._cause.rank]):
                 self._put_down(self._cause)
             self._end()
 
@@ -297,7 +305,9 @@ class Watch:
     def _gone(self, rank: int) -> FirstCause:
         words = read_last_words(self._words_of[rank]) if rank in self._words_of else None
         if words is not None:
-            return FirstCause(rank, words, is_mute=GONE in words or SILENT in words)
+            cause = FirstCause(rank, words)
+            stage = self._stages[rank]
+            return cause._replace(is_mute=cause.tells(GONE, stage) or cause.tells(SILENT, stage))
         return FirstCause.of(rank, self._stages[rank], GONE, is_mute=True)
 
     def _agree(self, cause: FirstCause) -> FirstCause:

@@ -91,6 +91,14 @@ class Wiring:
         self._groups.clear()
         self.disconnect()
 
+    def close(self) -> None:
+        """Let go of all connections; nothing may be on its way."""
+        if dist.is_initialized():
+            for group in self._groups.values():
+                dist.destroy_process_group(group)
+        self._groups.clear()
+        self.disconnect()
+
     def disconnect(self) -> None:
         """Close the sockets; nothing may be on its way."""
         for connection in self._connections.values():

@@ -44,6 +44,13 @@ def test_what_was_learnt_stays_known() -> None:
     assert known.of(signature(torch.zeros(3, 2))) == table(3)
 
 
+def test_what_came_first_is_forgotten_first_where_shapes_never_stop_changing() -> None:
+    known = Shapes(StepCut((Passage(0),), signature(torch.zeros(3, 2)), table(3)), keep=2)
+    for size in (4, 5):
+        known.learn(signature(torch.zeros(size, 2)), table(size))
+    assert [known.of(signature(torch.zeros(size, 2))) is None for size in (3, 4, 5)] == [True, False, False]
+
+
 def test_the_specs_come_in_the_order_of_the_message() -> None:
     assert specs_of(CROSSINGS, table(4)) == [
         TensorSpec((4, 5), torch.bfloat16),

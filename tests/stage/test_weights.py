@@ -14,7 +14,7 @@ from lightning_cpipe.errors import AbsentWeightError
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.versions import Versions
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room
+from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, unfreeze_stand_ins
 
 
 class Module(nn.Module):
@@ -79,7 +79,7 @@ def test_a_stand_in_keeps_its_numbers_and_is_not_trained() -> None:
     keep_only(module, CUT, 0)
     assert torch.equal(module.touched, before)
     assert not module.touched.requires_grad
-    make_room(module, CUT, 0)
+    unfreeze_stand_ins(module, CUT, 0)
     assert module.touched.requires_grad
 
 
@@ -104,7 +104,7 @@ def test_weights_come_back_to_where_they_were() -> None:
         stages.append(module)
     parts = [held_by(module, CUT, stage) for stage, module in enumerate(stages)]
     last = stages[1]
-    make_room(last, CUT, 1)
+    make_room(last)
     assert not absent(last)
     assert last.twin.weight is last.first.weight
     for part in parts:

@@ -28,8 +28,12 @@ OF_MODULE = [
     "configure_gradient_clipping", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step",
 ]  # fmt: skip
 
-OF_RANK_0 = {"prepare_data", "on_validation_batch_end", "on_test_batch_end", "on_predict_batch_end"}
-"""`prepare_data` runs once per machine; the others are given what a step returned, and rank 0 holds the last stage."""
+OF_RANK_0 = {
+    "prepare_data",
+    *(f"on_{of}_{end}" for of in ("validation", "test", "predict") for end in ("batch_end", "epoch_end")),
+}
+"""`prepare_data` runs once per machine; the others are given what a step returned, or may have collected it, and rank 0
+holds the last stage."""
 
 
 def noting(notes: list[str], owner: str, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +76,52 @@ def test_hooks_run_in_lightnings_order_on_every_rank(p: int) -> None:
     for of_rank in others:
         for ours, lightnings in zip(of_rank, plain, strict=True):
             assert ours == of_other_ranks(lightnings)
+
+
+class CollectsOutputs(Chain):
+    """Its hooks, and those of a callback, put together what an evaluation's steps returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return self.loss(batch)
+
+    def on_validation_batch_end(self, outputs: Any, *_: Any) -> None:
+        self.outputs.append(outputs)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_mean", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+
+class Collects(pl.Callback):
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+        self.means: list[float] = []
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.outputs.append(outputs)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.means.append(float(torch.stack(self.outputs).mean()))
+        self.outputs.clear()
+
+
+def test_what_evaluations_return_is_put_together_where_it_is() -> None:
+    """Other stages once failed there, with an empty list."""
+    collected: list[Collects] = []
+
+    def callbacks() -> list[pl.Callback]:
+        collected.append(Collects())
+        return [collected[-1]]
+
+    options = {"max_epochs": 2, "callbacks": callbacks, "look": lambda *_: collected[-1].means}
+    seen = fit_in_pipeline(3, CollectsOutputs, noise_loader, noise_loader, **options)
+    assert [len(of_rank.found) for of_rank in seen] == [3, 0, 0]
+    assert all(of_rank.metrics == seen[0].metrics for of_rank in seen)
+    assert seen[0].metrics["val_mean"] == pytest.approx(seen[0].found[-1])
 
 
 class CollectsItsLosses(Chain):

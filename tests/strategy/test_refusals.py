@@ -13,7 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD
@@ -59,9 +59,29 @@ class TakesIterator(Chain):
         return self.loss(next(dataloader_iter)[0])
 
 
+class ValidatesIterator(Chain):
+    def validation_step(self, dataloader_iter: Any) -> None:  # type: ignore[override]
+        next(dataloader_iter)
+
+
+class Unfreezes(BaseFinetuning):
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, *_: Any) -> None:
+        pass
+
+
 TRAINERS: list[Any] = [
     (Manual, dict, ["automatic_optimization=False", "Let `training_step` return the loss"], False),
     (TakesIterator, dict, ["dataloader_iter", "take `batch` and `batch_idx`"], False),
+    (ValidatesIterator, dict, ["`validation_step(self, dataloader_iter)`", "take `batch` and `batch_idx`"], False),
+    (
+        Chain,
+        lambda: {"callbacks": [Unfreezes()]},
+        ["Unfreezes", "settled when the module is cut", "Fit twice"],
+        True,
+    ),
     (Chain, lambda: {"sync_batchnorm": True}, ["sync_batchnorm=True", "nothing to synchronise", "Leave it out"], False),
     (
         Chain,
@@ -132,10 +152,13 @@ def test_all_reasons_are_listed_at_once() -> None:
         if options.keys().isdisjoint(together):
             together |= options
             said.append(parts)
-    flags = {key: value for _, options, _, _ in TRAINERS for key, value in options().items()}
-    said += [parts for module, _, parts, _ in TRAINERS if module is not TakesIterator]
+    flags: dict[str, Any] = {"callbacks": []}
+    for _, options, _, _ in TRAINERS:
+        flags["callbacks"] += options().get("callbacks", [])
+        flags |= {key: value for key, value in options().items() if key != "callbacks"}
+    said += [parts for module, _, parts, _ in TRAINERS if module not in (TakesIterator, ValidatesIterator)]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 14
+    assert len(reasons) == len(said) == 15
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 
@@ -193,16 +216,24 @@ class Differing(pl.LightningDataModule):
         return noise_loader(seed=int(os.environ["LOCAL_RANK"]))
 
 
-def cause(devices: int, module: pl.LightningModule, data: Any = None, **strategy: Any) -> str:
+def cause(
+    devices: int,
+    module: pl.LightningModule,
+    data: Any = None,
+    *,
+    epochs: int = 1,
+    where: str = "during set-up",
+    **strategy: Any,
+) -> str:
     """The one sentence that a fit on forked ranks ends with."""
     # torch tells at length how it ends the other ranks.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     chosen = ContinuousPipeStrategy(start_method="fork", **strategy)
-    trainer = quiet_trainer(strategy=chosen, devices=devices, max_epochs=1)
+    trainer = quiet_trainer(strategy=chosen, devices=devices, max_epochs=epochs)
     # Lightning leaves the port there.
     with mock.patch.dict(os.environ), pytest.raises(RankLostError) as caught:
         trainer.fit(module, data or noise_loader())
-    assert "failed: during set-up: " in str(caught.value)
+    assert f"failed: {where}" in str(caught.value)
     return str(caught.value)
 
 
@@ -229,6 +260,45 @@ def test_a_loader_that_differs_between_ranks_is_refused_before_the_first_step() 
     said = cause(2, Chain(), Differing())
     for part in ("DataMismatchError", "rank 0 and rank 1 drew different first batches", "seed_everything"):
         assert part in said
+
+
+class UnfreezesLater(Chain):
+    """Freezes its first block, and lets it go in the second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+
+def test_what_was_frozen_when_the_module_was_cut_stays_so() -> None:
+    """Earlier stages would get no gradient, and nothing would say so."""
+    said = cause(2, UnfreezesLater(), epochs=2, where="at mini-batch")
+    for part in ("`requires_grad` of 4 parameters changed", "'net.0.norm.weight'", "fit again"):
+        assert part in said
+
+
+class Broadcasts(Chain):
+    """From a certain mini-batch on; the set-up looks at the first one only."""
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx >= self.first:
+            self.trainer.strategy.broadcast("anything")
+        return loss
+
+
+def test_a_broadcast_in_a_step_is_refused() -> None:
+    """It waited for ever."""
+    for part in ("`broadcast` inside a step", "Broadcast in a hook", "on_train_batch_start"):
+        assert part in cause(2, Broadcasts())
+        assert part in cause(2, Broadcasts(first=5), where="at mini-batch 5")
 
 
 def test_several_optimizers_are_refused_with_our_words() -> None:

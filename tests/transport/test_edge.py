@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -79,15 +80,28 @@ def test_beyond_the_limit_the_oldest_send_is_waited_for(wire: Wire) -> None:
     assert [work.waits for work in wire.works] == [1] * 5
 
 
-def test_nothing_blocks_on_nccl_however_much_is_on_its_way(wire: Wire) -> None:
+def test_on_nccl_the_process_waits_beyond_the_limit_and_the_stream_does_not(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation whose last stage is slow would keep every activation of the first one otherwise."""
     sender, _ = wire.ends("edge", in_flight=2, kind=NcclEdge)
-    for value in range(20):
+    looks: list[int] = []
+
+    def sleep(_: float) -> None:
+        looks.append(len(sender._sent))
+        if len(looks) % 3 == 0:
+            next(work for work in wire.works if not work.completed).completed = True
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for value in range(5):
         sender.send(number(value))
+        assert len(sender._sent) <= 2
+    assert looks == [3] * 9
     assert not any(work.waits for work in wire.works)
 
 
 def test_on_nccl_completed_sends_are_let_go_oldest_first(wire: Wire) -> None:
-    sender, _ = wire.ends("edge", in_flight=2, kind=NcclEdge)
+    sender, _ = wire.ends("edge", in_flight=9, kind=NcclEdge)
     tensors = []
 
     def send(value: float) -> None:
@@ -137,6 +151,8 @@ def test_both_ends_count_messages_and_remember_the_latest(wire: Wire, kind: type
     for size in (1, 2, 3):
         receiver.post([TensorSpec((size,), torch.float32)])
         sender.send([torch.zeros(size)])
+        receiver.receive()
+        wire.works[-1].completed = True
     expected = [(number, [TensorSpec((number + 1,), torch.float32)]) for number in (1, 2)]
     for end in (sender, receiver):
         assert end.messages == 3

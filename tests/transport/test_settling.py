@@ -33,7 +33,7 @@ def spec(number: int) -> TensorSpec:
     ],
 )
 def test_nothing_is_on_its_way_afterwards(wire: Wire, kind: type[Edge], sent: int, posted: int, received: int) -> None:
-    sender, receiver = wire.ends("edge", in_flight=4, kind=kind)
+    sender, receiver = wire.ends("edge", in_flight=9, kind=kind)
     for number in range(posted):
         receiver.post([spec(number)])
     for number in range(sent):
