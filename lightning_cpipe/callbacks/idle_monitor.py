@@ -56,6 +56,8 @@ class IdleMonitor(pl.Callback):
             rank_zero_info("IdleMonitor: without strategy='continuous_pipe' there are no stages to watch.")
             return
         self._last = {}
+        if every := self._every_n_steps or trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            strategy.tell_figures(every)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if strategy.root_device.type == "cpu" and cores < strategy.num_processes:
             rank_zero_info(

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_cpipe.engine.mini_batch import require_same
 from lightning_cpipe.engine.neighbours import Neighbours
-from lightning_cpipe.engine.shapes import Shapes, specs_of
+from lightning_cpipe.engine.shapes import Shapes
 from lightning_cpipe.engine.timeline import EVALUATION, Timeline
-from lightning_cpipe.errors import DataMismatchError
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.tree import Signature, signature
 
@@ -34,8 +34,7 @@ class EvaluationStream:
         self._to = to
         self._timeline = timeline
         cut = module.cut.steps[name]
-        self._passage = cut.passages[module.stage]
-        self._shapes = Shapes(cut)
+        self._shapes = Shapes(cut, cut.passages[module.stage])
 
     def run(self, batch: Any, mark: tuple[int, int], seed: int, step: Callable[[], Any]) -> Any:
         """Run this stage's part on one mini-batch.
@@ -52,8 +51,9 @@ class EvaluationStream:
         with self._timeline.measure(EVALUATION, mark[0]):
             kind = signature(batch)
             told, received = self._receive(kind, mark)
-            table = self._shapes.of(kind)
-            new = told or table is None
+            known = self._shapes.of(kind)
+            new = told or known is None
+            table = None if known is None else known.table
             made = self._module.forward(self._name, step, seed, received, table, describe=new)
             if new:
                 table = {**(table or {}), **made.templates}
@@ -68,17 +68,8 @@ class EvaluationStream:
         if self._to.records_in is None or self._to.activations_in is None:
             return False, []
         theirs, table = self._to.records_in.receive()
-        if theirs != mark:
-            stage = self._module.stage
-            raise DataMismatchError(
-                f"stage {stage} and stage {stage - 1} drew different mini-batches in {self._name}: number {mark[0]}"
-                f" with fingerprint {mark[1]:08x} here, number {theirs[0]} with fingerprint {theirs[1]:08x} there. All"
-                " stages must draw the same data in the same order: seed what shuffles or augments, and do not let it"
-                " depend on the rank."
-            )
-        if table is not None:
-            self._shapes.learn(kind, table)
-        known = self._shapes.of(kind)
+        require_same(self._module.stage, mark, theirs, self._name)
+        known = self._shapes.of(kind) if table is None else self._shapes.learn(kind, table)
         assert known is not None, "the stage before says so when shapes are new"
-        self._to.activations_in.post(specs_of(self._passage.receives, known))
+        self._to.activations_in.post(known.received)
         return table is not None, self._to.activations_in.receive()

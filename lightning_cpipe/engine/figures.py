@@ -89,8 +89,8 @@ class Bookkeeper:
         self._begun_ns = time.perf_counter_ns()
         self._before = self._timeline.sums_ns
 
-    def backwarded(self, delay: int) -> None:
-        """A backward is done, whose gradient is `delay` updates old."""
+    def backward_begins(self, delay: int) -> None:
+        """A backward begins, whose gradient is `delay` updates old."""
         if self._backwards == 0:
             now = self.figures()
             self._fill = now.elapsed_ns, int(now.idle_s * 1e9)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_cpipe.errors import DataMismatchError
 from lightning_cpipe.tree import Signature, TensorSpec, flatten
 
 _SAMPLE = 1024
@@ -32,6 +33,30 @@ class MiniBatch:
     batch: Any
     fingerprint: int
     signature: Signature
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """What tells it apart from others."""
+        return self.number, self.fingerprint
+
+
+SAME_DATA = (
+    "All stages of a pipeline must draw the same data in the same order: call `seed_everything` before the data is"
+    " split, shuffled or augmented, and do not let it depend on the rank."
+)
+
+
+def require_same(stage: int, here: tuple[int, int], there: tuple[int, int], step: str) -> None:
+    """Compare the mark of a mini-batch on `stage` with that on the stage before.
+
+    Raises:
+        DataMismatchError: if they differ.
+    """
+    if here != there:
+        raise DataMismatchError(
+            f"stage {stage} and stage {stage - 1} drew different mini-batches in {step}: number {here[0]} with"
+            f" fingerprint {here[1]:08x} here, number {there[0]} with fingerprint {there[1]:08x} there. {SAME_DATA}"
+        )
 
 
 class Source(Protocol):

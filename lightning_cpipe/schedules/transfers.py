@@ -7,7 +7,10 @@ on an edge is only that both ends name the mini-batches in the same order.
 
 from __future__ import annotations
 
-from lightning_cpipe.schedules.action import Action, Kind
+from collections.abc import Iterable, Iterator
+from itertools import tee
+
+from lightning_cpipe.schedules.action import Action, Kind, Row
 from lightning_cpipe.schedules.plan import Plan
 
 POSTED_AHEAD = 2
@@ -16,26 +19,40 @@ the receiver validates or saves."""
 
 
 def with_transfers(plan: Plan, posted_ahead: int = POSTED_AHEAD) -> Plan:
-    """Lower a plan of computation to one with transfers, in the order in which the engine issues them.
-
-    The receive of a gradient is posted as soon as the forward has told its shape. The gradient is sent directly after
-    the backward, before the update, which then hides the transfer.
+    """Lower a plan of computation to one with transfers.
 
     Roughly, for stage s in the middle:
 
         F3  ->  POST_F5 RECV_F3 F3 POST_B3 SEND_F3
         B0  ->  RECV_B0 B0 SEND_B0
     """
-    return Plan(tuple(_lowered(plan, stage, posted_ahead) for stage in range(plan.num_stages)))
+    last = plan.num_stages - 1
+    return Plan(
+        tuple(
+            tuple(rows_with_transfers(rows, first=stage == 0, last=stage == last, posted_ahead=posted_ahead))
+            for stage, rows in enumerate(plan.rows)
+        )
+    )
 
 
-def _lowered(plan: Plan, stage: int, posted_ahead: int) -> tuple[tuple[Action, ...], ...]:
-    first, last = stage == 0, stage == plan.num_stages - 1
-    to_post = iter(plan.batches(stage, Kind.FORWARD))
-    posted = 0
-    forwarded = 0
-    rows = []
-    for row in plan.rows[stage]:
+def rows_with_transfers(
+    rows: Iterable[Row], *, first: bool, last: bool, posted_ahead: int = POSTED_AHEAD
+) -> Iterator[Row]:
+    """The rows of one stage with its transfers, in the order in which the engine issues them; they may be endless.
+
+    The receive of a gradient is posted as soon as the forward has told its shape. The gradient is sent directly after
+    the backward, before the update, which then hides the transfer.
+
+    Args:
+        rows: of computation.
+        first: whether the stage is the first, which receives no activations.
+        last: whether it is the last, which receives no gradients.
+        posted_ahead: how many receives of activations are posted before they are needed.
+    """
+    rows, rows_ahead = tee(rows)
+    to_post = (action.batch for row in rows_ahead for action in row if action.kind is Kind.FORWARD)
+    posted = forwarded = 0
+    for row in rows:
         actions: list[Action] = []
         for action in row:
             batch = action.batch
@@ -53,5 +70,4 @@ def _lowered(plan: Plan, stage: int, posted_ahead: int) -> tuple[tuple[Action, .
                 actions += [] if first else [Action(Kind.SEND_BACKWARD, batch)]
             else:
                 actions.append(action)
-        rows.append(tuple(actions))
-    return tuple(rows)
+        yield tuple(actions)

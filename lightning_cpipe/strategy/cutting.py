@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.probe import Check
@@ -81,7 +82,5 @@ def _require_same_first_batch(processes: Processes, fingerprint: int | None) -> 
     others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
     if others:
         raise DataMismatchError(
-            f"the training loaders differ: rank 0 and rank {others[0]} drew different first batches. All stages of a"
-            " pipeline must draw the same data in the same order: call `seed_everything` before the data is split or"
-            " shuffled, and do not let the loader depend on the rank."
+            f"the training loaders differ: rank 0 and rank {others[0]} drew different first batches. {SAME_DATA}"
         )

@@ -545,8 +545,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     # ---- what callbacks show ----
 
+    def tell_figures(self, every_n_steps: int) -> None:
+        """Let rank 0 know the figures of all stages in every so-manieth of the trainer's steps.
+
+        All ranks must call it, after a checkpoint was restored and before the first step, as in `on_train_start`.
+        """
+        begun = self._module.trainer.fit_loop.total_batch_idx + 1
+        self.run.training.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
+
     def stage_figures(self) -> dict[int, StageFigures]:
-        """On rank 0, the figures of all stages, as they last told them; elsewhere, those of this stage and before."""
+        """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
         training = self.run.training
         return {**training.figures, self.stage: training.books.figures()}
 

@@ -111,7 +111,7 @@ def test_ranks_that_draw_different_data_stop(run: Run, launcher: str, differs_at
     else:
         told = (
             f"at mini-batch {DIFFER_AT}, in {stage}RECV_F{DIFFER_AT}: DataMismatchError: stage {stage} and stage"
-            f" {stage - 1} drew different mini-batches: number {DIFFER_AT} with fingerprint"
+            f" {stage - 1} drew different mini-batches in training_step: number {DIFFER_AT} with fingerprint"
         )
     assert ended.cause.startswith(f"stage {stage} (rank {rank}) failed: {told}")
 
