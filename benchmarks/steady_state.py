@@ -35,8 +35,8 @@ from benchmarks.contestants import (
     plain_loop,
     torch_schedule,
 )
-from benchmarks.processes import run_ranks
 from benchmarks.workloads import SleepingBlock, TransformerBlock
+from tests.helpers.ranks import run_ranks
 
 SCHEDULES = ("1F1B", "GPipe", "ZBVZeroBubble", "DualPipeV")
 TWO_PARTS_PER_RANK = ("ZBVZeroBubble", "DualPipeV")

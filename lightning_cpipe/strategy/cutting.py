@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.probe.probe import Check
+from lightning_cpipe.probe.step import Step
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.probe import Check
-from lightning_cpipe.stage.step import Step
 from lightning_cpipe.stage.weights import make_room
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step

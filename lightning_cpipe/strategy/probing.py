@@ -13,13 +13,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.balance import balanced_starts
+from lightning_cpipe.probe.balance import balanced_starts
+from lightning_cpipe.probe.probe import Check, probe
+from lightning_cpipe.probe.step import Observed, Step
+from lightning_cpipe.probe.survey import Survey, survey
+from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.probe import Check, probe
 from lightning_cpipe.stage.randomness import derived_seed, unchanged
-from lightning_cpipe.stage.step import Observed, Step
-from lightning_cpipe.stage.survey import Survey, survey
-from lightning_cpipe.stage.untouched import untouched
 from lightning_cpipe.strategy.drawn import Drawn
 from lightning_cpipe.strategy.lightning_private import (
     combined_loader_of,

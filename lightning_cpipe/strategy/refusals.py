@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_cpipe.stage.probe import Check
+from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 
 LATER = "A later version will support it."

@@ -26,9 +26,9 @@ from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import CudaTimeline, Span, Timeline
+from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.probe import Check
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.checkpoint import State

@@ -16,10 +16,10 @@ import matplotlib.image
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor, ThroughputMonitor
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 P = 2
 EVERY = 4

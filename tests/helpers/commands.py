@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe.cli import lightning as _  # noqa: F401
 from lightning_cpipe.cli.main import main
+from tests.helpers.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.stage.balance import balanced_starts
+from lightning_cpipe.probe.balance import balanced_starts
 from lightning_cpipe.stage.randomness import derived_seed
 from tests.helpers.fits import fit_in_pipeline, require_same_bits
 from tests.helpers.modules import Chain, make_optimizer, noise_loader

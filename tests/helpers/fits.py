@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe import ContinuousPipeStrategy
+from tests.helpers.ranks import run_ranks
 
 Numbers = dict[str, Tensor]
 

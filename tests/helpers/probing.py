@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.engine.shapes import Shapes
+from lightning_cpipe.probe.step import Observed, Step
+from lightning_cpipe.probe.trial import close
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import seeded
 from lightning_cpipe.stage.stage_module import StageModule
-from lightning_cpipe.stage.step import Observed, Step
-from lightning_cpipe.stage.trial import close
 from lightning_cpipe.stage.weights import keep_only
 from lightning_cpipe.strategy.probing import find_cut
 from lightning_cpipe.tree import flatten, same_bits, signature
@@ -135,7 +135,10 @@ class Stages:
         for stage, module in enumerate(self.modules):
             keep_only(module, cut, stage)
         self.stages = [StageModule(module, cut, stage, CPU) for stage, module in enumerate(self.modules)]
-        self.shapes = [{name: Shapes(step) for name, step in cut.steps.items()} for _ in self.stages]
+        self.shapes = [
+            {name: Shapes(step, step.passages[stage]) for name, step in cut.steps.items()}
+            for stage in range(cut.num_stages)
+        ]
         self._run = run
 
     def step(self, batch: Any, seed: int = SEED) -> Result:
@@ -183,7 +186,7 @@ class Stages:
             received.append([t.requires_grad_(c.gradient) for t, c in zip(arriving, crossings)])
             if table is not None:
                 shapes.learn(kind, table)
-            known = shapes.of(kind)
+            known = None if shapes.of(kind) is None else shapes.of(kind).table
             told = table is not None or known is None
             step = partial(self._call, module, name, run, copy.deepcopy(batch))
             made = stage.forward(name, step, seed, received[-1], known, describe=told)

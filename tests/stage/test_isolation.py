@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_cpipe.probe.recording import record
 from lightning_cpipe.stage import randomness
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.randomness import seeded
-from lightning_cpipe.stage.recording import record
 
 ONES = torch.ones(32)
 SEED = 7

@@ -20,7 +20,6 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from torch import Tensor, nn
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, UPDATE
 from lightning_cpipe.errors import RankLostError
@@ -30,6 +29,7 @@ from lightning_cpipe.strategy.checkpoint import GroupOrder, own_optimizer_state
 from tests.helpers.comparing import stages_of
 from tests.helpers.fits import quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import train_delayed
 
 EPOCHS = 3

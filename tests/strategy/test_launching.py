@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_cpipe
-from benchmarks.processes import run_ranks
 from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.fits import fit_in_pipeline, fit_on_rank, quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 NAMES = {
     "continuous_pipe": "popen",

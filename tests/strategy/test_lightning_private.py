@@ -93,9 +93,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.pytorch.strategies.DDPStrategy()._layer_sync": None,
     "module._apply_batch_transfer_handler": ("batch", "device", "dataloader_idx"),
     "module._example_input_array": None,
-    "module._fabric": None,
     "module._on_before_batch_transfer": ("batch", "dataloader_idx"),
-    "module._trainer": None,
     "trainer._logger_connector": None,
     "trainer._logger_connector._callback_metrics": None,
     "trainer._logger_connector._logged_metrics": None,
@@ -131,8 +129,6 @@ ELSEWHERE = {
     ("strategy/launchers.py", "_strategy"),
     # Attributes of a LightningModule, by their names.
     ("strategy/hooks.py", "_example_input_array"),
-    ("stage/untouched.py", "_fabric"),
-    ("stage/untouched.py", "_trainer"),
 }
 
 

@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 
 def held() -> tuple[int, int, int]:

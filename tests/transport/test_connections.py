@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.transport import connections
 from lightning_cpipe.transport.connections import connect_neighbours
 from lightning_cpipe.transport.control import Control
+from tests.helpers.ranks import run_ranks
 
 LANES = ("up", "down")
 

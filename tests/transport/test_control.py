@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.transport import control
 from lightning_cpipe.transport.control import Control
+from tests.helpers.ranks import run_ranks
 
 
 def with_control(ranks: int, act: Callable[[Control, int], Any]) -> list[Any]:

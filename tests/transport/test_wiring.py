@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.processes import run_ranks
 from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.transport import wiring
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.transport.edge import Edge, NcclEdge
 from lightning_cpipe.transport.wiring import RECORD_LANES, TENSOR_LANES, UP, Wiring
 from lightning_cpipe.tree import TensorSpec
+from tests.helpers.ranks import run_ranks
 from tests.helpers.wire import CPU
 
 LANES = (*TENSOR_LANES, *RECORD_LANES)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.probe.step import Draws, Observed, RecordedStep, Step, find_draws
+from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.randomness import get_state, same_state
-from lightning_cpipe.stage.step import Draws, Observed, RecordedStep, Step, find_draws
-from lightning_cpipe.stage.untouched import untouched
 from tests.helpers.probing import step_of
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from lightning_cpipe.stage.blocks import find_blocks
+from lightning_cpipe.probe.blocks import find_blocks
 
 
 def heavy() -> nn.Linear:

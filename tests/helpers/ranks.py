@@ -1,4 +1,4 @@
-"""Runs a contestant in forked processes; importing torch and Lightning in each would take longer than the race."""
+"""Runs a function in forked ranks; importing torch and Lightning in each would take longer than the run."""
 
 from __future__ import annotations
 

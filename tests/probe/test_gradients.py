@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_cpipe.stage.gradients import gradients
+from lightning_cpipe.probe.gradients import gradients
 
 
 def net(use_reentrant: bool | None) -> tuple[nn.Sequential, Tensor, list[Tensor]]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.recording import Recording, record
 from lightning_cpipe.stage.cut import Value
-from lightning_cpipe.stage.recording import Recording, record
 
 
 class Pair(nn.Module):

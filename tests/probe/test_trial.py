@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.probe.step import Draws, RecordedStep
+from lightning_cpipe.probe.trial import Trial, close
 from lightning_cpipe.stage.cut import Passage, Value
-from lightning_cpipe.stage.step import Draws, RecordedStep
-from lightning_cpipe.stage.trial import Trial, close
 from lightning_cpipe.tree import TemplateTable
 from tests.helpers.probing import CPU, step_of
 

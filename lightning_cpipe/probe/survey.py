@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import flop_registry
 
-from lightning_cpipe.stage.blocks import find_blocks
+from lightning_cpipe.probe.blocks import find_blocks
 from lightning_cpipe.torch_private import TorchDispatchMode
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.stage.survey import survey
+from lightning_cpipe.probe.survey import survey
 
 ROWS, WIDTH = 5, 4
 PRODUCT = 2 * ROWS * WIDTH * WIDTH

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.untouched import Snapshot, untouched
 from lightning_cpipe.stage.randomness import get_state, same_state
-from lightning_cpipe.stage.untouched import Snapshot, untouched
 
 
 class Module(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.randomness import unchanged
 
-_NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
+_NOT_STATE = frozenset({"_parameters", "_buffers", "_modules"})
 
 Place = tuple[str, str]
 """A module's name and the name of an attribute or buffer of it."""

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.homes import Homes
+from lightning_cpipe.probe.homes import Homes
 
 
 class Module(nn.Module):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torchmetrics import Metric
 
+from lightning_cpipe.probe.gradients import gradients
+from lightning_cpipe.probe.step import Observed, RecordedStep
+from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
-from lightning_cpipe.stage.gradients import gradients
 from lightning_cpipe.stage.replay import Replay
-from lightning_cpipe.stage.step import Observed, RecordedStep
-from lightning_cpipe.stage.untouched import Place, Snapshot, untouched
 from lightning_cpipe.tree import TemplateTable, flatten, same_bits, tensors_in
 
 
@@ -216,7 +217,7 @@ def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, Any]:
     return {
         (name, key): value
         for (name, key), value in before.changes().items()
-        if not name or key in (module := root.get_submodule(name))._buffers or hasattr(module, "_defaults")
+        if not name or key in (module := root.get_submodule(name))._buffers or isinstance(module, Metric)
     }
 
 

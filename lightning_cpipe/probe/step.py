@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.probe.recording import Recording, record
+from lightning_cpipe.probe.untouched import Place, untouched
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.randomness import get_state, same_state, seeded
-from lightning_cpipe.stage.recording import Recording, record
-from lightning_cpipe.stage.untouched import Place, untouched
 from lightning_cpipe.tree import Signature
 
 

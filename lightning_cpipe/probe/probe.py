@@ -27,13 +27,13 @@ import torch
 from torch import nn
 
 from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.homes import Homes
+from lightning_cpipe.probe.step import Observed, RecordedStep, Step, find_draws
+from lightning_cpipe.probe.survey import Survey
+from lightning_cpipe.probe.trial import NOTHING, Traces, Trial, close
+from lightning_cpipe.probe.uncut import compare_with_uncut, refusal
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
-from lightning_cpipe.stage.homes import Homes
 from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.stage.step import Observed, RecordedStep, Step, find_draws
-from lightning_cpipe.stage.survey import Survey
-from lightning_cpipe.stage.trial import NOTHING, Traces, Trial, close
-from lightning_cpipe.stage.uncut import compare_with_uncut, refusal
 from lightning_cpipe.tree import TemplateTable, flatten
 
 Check = Literal["auto", "full", "fills"]

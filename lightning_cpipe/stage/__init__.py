@@ -1,0 +1,12 @@
+"""One stage of a module that nobody changed.
+
+cut            how a module is cut, as data
+replay         runs one stage of a step
+describing     what a stage tells later ones of its outputs
+weights        takes the weights of other stages out, and puts them back
+absent         stands in for a weight of another stage
+versions       keeps the weights that mini-batches in flight were forwarded with
+randomness     seeded scopes
+isolation      random numbers of their own for modules
+stage_module   all of that on one module
+"""

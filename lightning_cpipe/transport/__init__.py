@@ -1,0 +1,12 @@
+"""Messages between ranks, and what becomes of them when one is gone.
+
+wiring        connects each stage with its neighbours, and hands out the ends
+edge          one end of a lane for tensors
+records       one end of a lane for small records
+connections   the sockets under the records
+control       all ranks together, before and after training streams
+settling      brings the lanes of a run to rest
+liveness      watches that all ranks are alive, and agrees on the first cause when one is not
+last_words    what a rank would say if it were killed this moment
+machine       what two processes of one machine can know of each other
+"""
