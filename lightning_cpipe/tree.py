@@ -7,7 +7,7 @@ Lists, tuples, named tuples, dicts, dataclasses and whatever is registered with 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -160,21 +160,3 @@ def signature(batch: Any) -> Signature:
     if dataclasses.is_dataclass(batch):
         return (type(batch), *(signature(getattr(batch, field.name)) for field in dataclasses.fields(batch)))
     return (type(batch),)
-
-
-def same_bits(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists of leaves are equal, tensors bit for bit (so that NaN equals itself)."""
-    return len(a) == len(b) and all(map(_same_leaf, a, b))
-
-
-def _same_leaf(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return TensorSpec.of(a) == TensorSpec.of(b) and torch.equal(_as_bytes(a), _as_bytes(b))
-    if isinstance(a, (int, float, str, bool, type(None))):
-        return type(a) is type(b) and (a == b or (a != a and b != b))
-    return type(a) is type(b)
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    dense = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
-    return dense.contiguous().reshape(-1).view(torch.uint8)

@@ -18,7 +18,6 @@ from lightning_cpipe.tree import (
     TensorSpec,
     flatten,
     map_tensors,
-    same_bits,
     signature,
     tensors_in,
 )
@@ -205,44 +204,3 @@ def test_signatures_leave_out_the_numbers(batch: Any) -> None:
 def test_signatures_leave_out_numbers_and_texts() -> None:
     assert signature({"x": X, "names": ["a", "b"], "n": 1}) == signature({"x": X, "names": ["c", "d"], "n": 2})
     assert signature({"names": ["a", "b"]}) != signature({"names": ["a"]})
-
-
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        (X, X.clone(), True),
-        (X, X + 1e-7, False),
-        (torch.tensor([NAN, 1]), torch.tensor([NAN, 1]), True),
-        (torch.tensor([0.0]), torch.tensor([-0.0]), False),
-        (X, X.double(), False),
-        (X, X.reshape(3, 2), False),
-        (X.t(), torch.ones(3, 2), True),
-        (X.bfloat16(), X.bfloat16(), True),
-        (X > 0, X > 0, True),
-        (torch.ones(()), torch.ones(()), True),
-        (torch.ones(0, 3), torch.ones(0, 3), True),
-        (torch.ones(0, 3), torch.ones(0, 2), False),
-        (1, 1, True),
-        (1, 2, False),
-        (1, 1.0, False),
-        (1, True, False),
-        (NAN, NAN, True),
-        (1.0, NAN, False),
-        (NAN, 1.0, False),
-        ("a", "a", True),
-        ("a", "b", False),
-        (None, None, True),
-        (None, 0, False),
-        (X, None, False),
-        (Other(), Other(), True),
-        (Other(), {1}, False),
-    ],
-)
-def test_leaves_are_the_same_to_the_bit(a: Any, b: Any, expected: bool) -> None:
-    """Of other objects than tensors, numbers and texts, only the class is known."""
-    assert same_bits([a], [b]) is expected
-    assert same_bits([a, 1], [b, 1]) is expected
-    assert not same_bits([a], [b, b])

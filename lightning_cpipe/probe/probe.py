@@ -26,11 +26,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lightning_cpipe.equality import close
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.homes import Homes
 from lightning_cpipe.probe.step import Observed, RecordedStep, Step, find_draws
 from lightning_cpipe.probe.survey import Survey
-from lightning_cpipe.probe.trial import NOTHING, Traces, Trial, close
+from lightning_cpipe.probe.trial import NOTHING, Traces, Trial
 from lightning_cpipe.probe.uncut import compare_with_uncut, refusal
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.isolation import Isolation

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Value
-from lightning_cpipe.stage.describing import describe
+from lightning_cpipe.stage.describing import described
 from lightning_cpipe.stage.randomness import TorchState, get_torch_state, same_torch_state
-from lightning_cpipe.tree import Template, flatten
+from lightning_cpipe.tree import Template
 
 
 @dataclass
@@ -149,9 +149,8 @@ class _Recorder:
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         call, generator = self._open.pop()
         call.exit = self._tick()
-        call.template = describe(output)
+        call.template, live = described(output)
         call.drew = not same_torch_state(generator, get_torch_state())
-        live = [leaf for leaf in flatten(output)[0] if isinstance(leaf, Tensor)]
         call.tensors = tuple(leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in live)
         self._outputs.append((call, live, [leaf._version for leaf in live]))
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
+from lightning_cpipe.equality import close, same_bits
+from lightning_cpipe.probe.fills import FILLS, is_one_integer, random_like
 from lightning_cpipe.probe.gradients import gradients
 from lightning_cpipe.probe.step import Observed, RecordedStep
 from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
-from lightning_cpipe.tree import TemplateTable, flatten, same_bits, tensors_in
+from lightning_cpipe.tree import TemplateTable, flatten, tensors_in
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Trial:
 
     def depending_on(self, candidates: Sequence[Value]) -> list[Value]:
         """Those of `candidates` that the results depend on in any way, and those of which that can't be told."""
-        untold = [v for v in candidates if _is_one_integer(self.values[v])]
+        untold = [v for v in candidates if is_one_integer(self.values[v])]
         return untold + self._culprits([v for v in candidates if v not in untold], self._baseline())
 
     def _replayed(self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None) -> Any:
@@ -170,9 +172,8 @@ class Trial:
         return self._culprits(values[:half], baseline) + self._culprits(values[half:], baseline) or values
 
     def _matter(self, values: list[Value], baseline: _Baseline) -> bool:
-        # Several: one may hit the true value of a small integer, or lie on the true value's side of an `if`.
         return any(
-            self._differs(baseline, {v: fill(self.values[v], self._generator) for v in values}) for fill in _FILLS
+            self._differs(baseline, {v: fill(self.values[v], self._generator) for v in values}) for fill in FILLS
         )
 
 
@@ -204,7 +205,7 @@ class _TouchedParameters(TorchFunctionMode):
 def _random_weights(root: nn.Module, names: Iterable[str], generator: torch.Generator) -> Iterator[None]:
     saved = [(parameter, parameter.data) for parameter in map(root.get_parameter, names)]
     for parameter, data in saved:
-        parameter.data = _random_like(data, generator)
+        parameter.data = random_like(data, generator)
     try:
         yield
     finally:
@@ -224,60 +225,3 @@ def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, Any]:
 def _leaf(tensor: Tensor) -> Tensor:
     leaf = tensor.detach().clone()
     return leaf.requires_grad_(tensor.requires_grad)
-
-
-def _random_like(tensor: Tensor, generator: torch.Generator, size: float = 1.0) -> Tensor:
-    """Other numbers of the same kind: booleans, integers within the range there is, floats of its scale."""
-    if tensor.numel() == 0:
-        return tensor
-    if not _has_fractions(tensor):
-        low, high = (0, 1) if tensor.dtype is torch.bool else (int(tensor.min()), int(tensor.max()))
-        return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
-    scale = tensor.detach().abs().mean().nan_to_num(1.0, 1.0, 1.0) + 1e-3
-    return torch.randn(tensor.shape, generator=generator).to(tensor) * (scale * size)
-
-
-def _opposite(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """The other side of zero; booleans flipped, integers mirrored within the range there is."""
-    if tensor.dtype is torch.bool:
-        return ~tensor
-    return -tensor if tensor.numel() == 0 or _has_fractions(tensor) else tensor.min() + tensor.max() - tensor
-
-
-def _huge_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Beyond what a threshold may let through."""
-    return _random_like(tensor, generator, 1e3)
-
-
-def _zeros_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """What a stub returns where nobody needs its output; integers stay within the range there is."""
-    return torch.zeros_like(tensor) if _has_fractions(tensor) else _random_like(tensor, generator)
-
-
-_FILLS = (_random_like, _opposite, _huge_like, _zeros_like, _random_like, _random_like)
-
-
-def _has_fractions(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _is_one_integer(tensor: Tensor) -> bool:
-    """Whether all its elements are one integer, so that the range there is has no other."""
-    if tensor.numel() == 0 or tensor.dtype is torch.bool or _has_fractions(tensor):
-        return False
-    return int(tensor.min()) == int(tensor.max())
-
-
-def close(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists of leaves are equal up to rounding, measured against the largest element of each tensor."""
-    return len(a) == len(b) and all(map(_close_leaf, a, b))
-
-
-def _close_leaf(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not b.is_floating_point():
-        return same_bits([a], [b])
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    a, b = (each.detach() if each.layout is torch.strided else each.detach().to_dense() for each in (a, b))
-    slack = 64 * torch.finfo(b.dtype).eps * float(b.abs().max() if b.numel() else 0)
-    return bool((((a - b).abs() <= slack) | (torch.isnan(a) & torch.isnan(b))).all())

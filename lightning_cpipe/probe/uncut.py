@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.equality import close
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.gradients import gradients
 from lightning_cpipe.probe.step import Observed, Step
-from lightning_cpipe.probe.trial import close
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.cut import Passage
 from lightning_cpipe.stage.replay import Replay, Replayed

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.equality import same_leaf
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.randomness import unchanged
 
@@ -119,7 +120,7 @@ class _Kept:
     def equals(self, now: Any) -> bool:
         """Whether `now` holds what the value held."""
         if isinstance(self._value, Tensor) and isinstance(now, Tensor):
-            return _same_numbers(self._held, now)
+            return same_leaf(self._held, now)
         if type(self._value) is not type(now):
             return False
         if isinstance(self._held, list):
@@ -136,7 +137,7 @@ class _Kept:
         if isinstance(value, Tensor):
             if value.shape != self._held.shape or value.dtype != self._held.dtype:
                 value.data = self._held
-            elif not _same_numbers(self._held, value):
+            elif not same_leaf(self._held, value):
                 with torch.no_grad():
                     value.copy_(self._held)
         elif isinstance(self._held, list):
@@ -161,7 +162,3 @@ def _copied(value: Any) -> Any:
     if type(value) is dict:
         return {key: _copied(item) for key, item in value.items()}
     return value
-
-
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a != a) & (b != b)).all())

@@ -11,9 +11,11 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lightning_cpipe.equality import same_value
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.tree import Template, TensorSpec
+from lightning_cpipe.tree import Template, TensorSpec, flatten
 
 _PLAIN = (
     type(None),
@@ -64,10 +66,11 @@ class Opaque:
         )
 
 
-def describe(output: Any) -> Template:
-    """The template of a module's output, without the objects that don't travel."""
-    template = Template.of(output)
-    return Template(template.structure, tuple(map(_known, template.leaves)))
+def described(output: Any) -> tuple[Template, list[Tensor]]:
+    """The template of a module's output, without the objects that don't travel; and its tensors."""
+    leaves, structure = flatten(output)
+    known = tuple(TensorSpec.of(leaf) if isinstance(leaf, Tensor) else _known(leaf) for leaf in leaves)
+    return Template(structure, known), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def difference(told: Template, found: Template) -> str | None:
@@ -75,11 +78,10 @@ def difference(told: Template, found: Template) -> str | None:
     if told.structure != found.structure:
         return "another structure"
     for before, now in zip(told.leaves, found.leaves):
-        is_nan = before != before and now != now
-        if type(before) is not type(now) or (before != now and not is_nan):
+        if not same_value(before, now):
             return f"{now} in place of {before}"
     return None
 
 
 def _known(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (TensorSpec, Opaque, *_PLAIN)) else Opaque(type(leaf).__qualname__)
+    return leaf if isinstance(leaf, (Opaque, *_PLAIN)) else Opaque(type(leaf).__qualname__)

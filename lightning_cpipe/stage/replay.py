@@ -22,8 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
-from lightning_cpipe.stage.describing import describe, difference
-from lightning_cpipe.tree import TemplateTable, TensorSpec, tensors_in
+from lightning_cpipe.stage.describing import described, difference
+from lightning_cpipe.tree import TemplateTable, TensorSpec
 
 
 class _EndOfStage(BaseException):
@@ -62,22 +62,22 @@ class Replay:
         device: torch.device,
         stubbed_later: Iterable[str] = (),
     ) -> None:
-        self._passages = dict(passages)
+        self._roles = {name: _Role(passage) for name, passage in passages.items()}
         self._device = device
         self._running: _Run | None = None
         self._zeros: dict[torch.dtype, Tensor] = {}
         self._stubs: list[_Stub] = []
         self._handles: list[RemovableHandle] = []
 
-        stubs = {name for passage in self._passages.values() for name in passage.stubs}
-        watched = {sent.value.module for passage in self._passages.values() for sent in passage.sends}
+        stubs = {name for passage in passages.values() for name in passage.stubs}
+        watched = {sent.value.module for passage in passages.values() for sent in passage.sends}
         for name in sorted(stubs):
             self._stubs.append(_Stub(root.get_submodule(name), name, self))
         for name in sorted(watched | set(stubbed_later)):
             # Before any other hook: the user's own run on the next stage too, after the stub.
             hook = root.get_submodule(name).register_forward_hook(self._capture(name), prepend=True)
             self._handles.append(hook)
-        for end in sorted({passage.end for passage in self._passages.values() if passage.end is not None}):
+        for end in sorted({passage.end for passage in passages.values() if passage.end is not None}):
             # In front of every other hook: the block belongs to the next stage, hooks and all.
             self._handles.append(root.get_submodule(end).register_forward_pre_hook(self._leave(end), prepend=True))
 
@@ -103,7 +103,7 @@ class Replay:
         Raises:
             CutError: if the step does not pass the cuts as it did in the probe.
         """
-        run = _Run(self._passages[name], received, templates or {}, describe)
+        run = _Run(self._roles[name], received, templates or {}, describe)
         outer, self._running = self._running, run
         graded = torch.is_grad_enabled()
         try:
@@ -164,17 +164,33 @@ class Replay:
         return leave
 
 
+class _Role:
+    """What follows from a passage alone, for every run of it.
+
+    Attributes:
+        passage: which.
+        received: the values that come from the stage before, in the order of the message.
+        rewritten: those of which each user needs a copy of its own.
+        wanted: the values that this stage makes and sends.
+    """
+
+    def __init__(self, passage: Passage) -> None:
+        self.passage = passage
+        self.received = [crossing.value for crossing in passage.receives]
+        self.rewritten = {crossing.value for crossing in (*passage.receives, *passage.sends) if crossing.rewritten}
+        self.wanted = {crossing.value for crossing in passage.sends} - set(self.received)
+
+
 class _Run:
     """What is known while a step is replayed."""
 
-    def __init__(self, passage: Passage, received: Sequence[Tensor], templates: TemplateTable, describe: bool) -> None:
-        self.passage = passage
+    def __init__(self, role: _Role, received: Sequence[Tensor], templates: TemplateTable, describe: bool) -> None:
+        self.passage = role.passage
         self.described: TemplateTable = {}
+        self._role = role
         self._describe = describe
-        self._received = {crossing.value: tensor for crossing, tensor in zip(passage.receives, received)}
-        self._rewritten = {crossing.value for crossing in (*passage.receives, *passage.sends) if crossing.rewritten}
+        self._received = dict(zip(role.received, received))
         self._templates = templates
-        self._wanted = {crossing.value for crossing in passage.sends} - self._received.keys()
         self._captured: dict[Value, tuple[Tensor, int]] = {}
         self._calls: Counter[str] = Counter()
 
@@ -196,12 +212,12 @@ class _Run:
         if tensor is None:
             return filler(spec)
         # A leaf that needs a gradient may not be written in place, and what is handed on must stay as it came.
-        return tensor.clone() if value in self._rewritten else tensor
+        return tensor.clone() if value in self._role.rewritten else tensor
 
     def capture(self, name: str, output: Any) -> None:
         call = self._calls[name]
         self._calls[name] += 1
-        template = describe(output)
+        template, tensors = described(output)
         told = self._templates.get((name, call))
         if self._describe:
             self.described[name, call] = template
@@ -211,10 +227,10 @@ class _Run:
                 " it count on that: only the numbers in tensors travel. Return a tensor of a fixed shape instead of a"
                 " Python number, or move the cut with `split_points`."
             )
-        for number, leaf in enumerate(tensors_in(output)):
+        for number, leaf in enumerate(tensors):
             value = Value(name, call, number)
-            if value in self._wanted:
-                kept = leaf.clone() if value in self._rewritten else leaf
+            if value in self._role.wanted:
+                kept = leaf.clone() if value in self._role.rewritten else leaf
                 self._captured[value] = kept, _version(kept)
 
     def sent(self) -> list[Tensor]:

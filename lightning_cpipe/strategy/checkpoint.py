@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.tree import map_tensors
 
 State = dict[str, Any]
 
@@ -73,7 +73,7 @@ def part_of(
     """
     mine = {key: value for key, value in state_dict.items() if _home(key, cut) == stage}
     states = [{names[id(p)]: state for p, state in optimizer.state.items()} for optimizer in optimizers]
-    return Part(_on_cpu(mine), _on_cpu(states))
+    return Part(_on_cpu(mine), [_on_cpu(each) for each in states])
 
 
 def joined(checkpoint: State, parts: Sequence[Part], orders: Sequence[GroupOrder]) -> State:
@@ -153,12 +153,7 @@ def _home(key: str, cut: Cut) -> int:
     return cut.buffer_homes.get(key, cut.num_stages - 1)
 
 
-def _on_cpu(tree: Any) -> Any:
+def _on_cpu(tree: State) -> State:
     """Copies on the CPU: training goes on while they are sent."""
-    if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _on_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_on_cpu(value) for value in tree]
-    return tree
+    copied: State = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), tree)
+    return copied

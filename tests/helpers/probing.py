@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.engine.shapes import Shapes
+from lightning_cpipe.equality import close, same_bits
 from lightning_cpipe.probe.step import Observed, Step
-from lightning_cpipe.probe.trial import close
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import seeded
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.weights import keep_only
 from lightning_cpipe.strategy.probing import find_cut
-from lightning_cpipe.tree import flatten, same_bits, signature
+from lightning_cpipe.tree import flatten, signature
 
 CPU = torch.device("cpu")
 STEP = "training_step"

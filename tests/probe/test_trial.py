@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.probe.step import Draws, RecordedStep
-from lightning_cpipe.probe.trial import Trial, close
+from lightning_cpipe.probe.trial import Trial
 from lightning_cpipe.stage.cut import Passage, Value
 from lightning_cpipe.tree import TemplateTable
 from tests.helpers.probing import CPU, step_of
@@ -150,32 +150,3 @@ def test_what_outlives_the_step_counts_as_a_result() -> None:
 
         root.use = use
         assert trial.depending_on([VALUE]) == [VALUE]
-
-
-ONE = torch.ones(3)
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        (ONE, ONE, True),
-        (ONE, ONE + 1e-6, True),
-        (ONE, ONE + 1e-3, False),
-        (torch.tensor([1e6, 1.0]), torch.tensor([1e6, 1.5]), True),
-        (ONE * float("nan"), ONE * float("nan"), True),
-        (ONE * float("nan"), ONE, False),
-        (ONE, ONE.double(), False),
-        (ONE, torch.ones(4), False),
-        (ONE.int(), ONE.int(), True),
-        (ONE.int(), ONE.int() + 1, False),
-        (torch.ones(0), torch.ones(0), True),
-        (ONE.to_sparse(), ONE.to_sparse(), True),
-        (ONE.to_sparse(), ONE.to_sparse() * 2, False),
-        (1.5, 1.5, True),
-        (1.5, 2.5, False),
-        (None, ONE, False),
-    ],
-)
-def test_close_allows_rounding_and_nothing_else(a: Any, b: Any, expected: bool) -> None:
-    assert close([a], [b]) is expected
-    assert not close([a], [b, b])

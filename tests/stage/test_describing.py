@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.stage.describing import Opaque, describe, difference
-from lightning_cpipe.tree import TensorSpec
+from lightning_cpipe.stage.describing import Opaque, described, difference
+from lightning_cpipe.tree import Template, TensorSpec
 
 X = torch.ones(2, 3)
+
+
+def template_of(output: Any) -> Template:
+    return described(output)[0]
 
 
 class Color(Enum):
@@ -40,7 +44,7 @@ PLAIN = [None, True, 3, 0.5, 1j, "text", b"bytes", slice(1, 2), range(3), int, C
 
 @pytest.mark.parametrize("value", PLAIN, ids=repr)
 def test_plain_values_are_kept(value: Any) -> None:
-    assert describe((X, value)).build([X])[1] == value
+    assert template_of((X, value)).build([X])[1] == value
 
 
 OTHERS = [Unknown(), np.ones(2), np.float32(1), {1, 2}, lambda: X]
@@ -48,7 +52,7 @@ OTHERS = [Unknown(), np.ones(2), np.float32(1), {1, 2}, lambda: X]
 
 @pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
 def test_other_objects_are_not(value: Any) -> None:
-    (stand_in,) = describe([value]).leaves
+    (stand_in,) = template_of([value]).leaves
     assert isinstance(stand_in, Opaque)
     with pytest.raises(CutError, match=rf"`\.hidden` of an object of class {type(value).__name__}.*dataclasses"):
         _ = stand_in.hidden
@@ -58,13 +62,13 @@ def test_other_objects_are_not(value: Any) -> None:
 
 def test_tensors_are_kept_as_shapes_wherever_containers_hold_them() -> None:
     spec = TensorSpec.of(X)
-    assert describe({"a": [X, (X,)], "b": Known(X, Unknown())}).leaves == (spec, spec, spec, Opaque("Unknown"))
+    assert template_of({"a": [X, (X,)], "b": Known(X, Unknown())}).leaves == (spec, spec, spec, Opaque("Unknown"))
 
 
 def test_a_stand_in_can_be_passed_on_and_travels() -> None:
     stand_in = Opaque("Unknown")
-    assert describe([stand_in]).leaves == (stand_in,)
-    assert describe([stand_in]) == describe([Unknown()])
+    assert template_of([stand_in]).leaves == (stand_in,)
+    assert template_of([stand_in]) == template_of([Unknown()])
     assert pickle.loads(pickle.dumps(stand_in)) == copy.deepcopy(stand_in) == stand_in
     assert stand_in != Opaque("Other")
     assert len({stand_in, Opaque("Unknown"), Opaque("Other")}) == 2
@@ -98,4 +102,4 @@ NAN = float("nan")
     ],
 )
 def test_differences_are_told(told: Any, found: Any, words: str | None) -> None:
-    assert difference(describe(told), describe(found)) == words
+    assert difference(template_of(told), template_of(found)) == words

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_cpipe.equality import same_bits
 from lightning_cpipe.errors import WeightWrittenError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.versions import Version, Versions
-from lightning_cpipe.tree import same_bits
 
 WIDTH = 6
 BATCHES = 7
