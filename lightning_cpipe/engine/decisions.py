@@ -33,6 +33,11 @@ class Decisions:
         """Whether this is the last stage."""
         return self._from_next is None
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other stage."""
+        return self._from_next is None and self._to_previous is None
+
     def tell(self, topic: str, content: Any) -> None:
         """The last stage says something to all. Returns at once."""
         if self._to_previous is not None:

@@ -29,7 +29,7 @@ from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, 
 from lightning_cpipe.errors import DataMismatchError, PlanError
 from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.schedule import Schedule
-from lightning_cpipe.schedules.transfers import rows_with_transfers
+from lightning_cpipe.schedules.transfers import POSTED_AHEAD, rows_with_transfers
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.tree import TemplateTable, TensorSpec
@@ -38,6 +38,15 @@ STEP = "training_step"
 
 _OF_BACKWARD = (Kind.RECV_BACKWARD, Kind.BACKWARD, Kind.SEND_BACKWARD)
 """The actions that wait until the loop asks for a backward."""
+
+
+def room_on_lanes(lag: int) -> int:
+    """How many messages may be on their way on a lane before its sender waits: what the plan asks for, and some more.
+
+    A stage sends for at most ``lag + 1`` mini-batches that the next one has not finished, and posts two ahead; the rest
+    is for evaluations, whose first stage nothing else holds back.
+    """
+    return lag + 1 + POSTED_AHEAD + 3
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,11 +9,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
-from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import make_room
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
+from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
 
@@ -23,8 +21,7 @@ from lightning_cpipe.strategy.processes import Processes
 def agree_on_cut(
     trainer: pl.Trainer,
     processes: Processes,
-    split_points: str | Sequence[str],
-    check: Check,
+    asked: Options,
     device: torch.device,
     seed: int,
 ) -> Cut:
@@ -46,7 +43,7 @@ def agree_on_cut(
     error: CutError | None = None
     if processes.rank == 0:
         try:
-            found = find_cut(module, steps, processes.num_stages, split_points, device, check)
+            found = find_cut(module, steps, processes.num_stages, asked.split_points, device, asked.check)
         except CutError as raised:
             error = raised
     cut = processes.control.share(found)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
+from lightning_cpipe.strategy.options import Options
 
 LATER = "A later version will support it."
 
@@ -45,54 +46,43 @@ def refuse_broadcast(*_: object, **__: object) -> NoReturn:
     )
 
 
-def reasons_in_options(
-    num_ranks: int,
-    num_stages: int | str,
-    data_parallel_size: int,
-    schedule: str,
-    num_microbatches: int,
-    versions: str,
-    remedy: object,
-    extra_in_flight: int,
-    split_points: object,
-    check: str,
-    timeout: float,
-) -> Iterator[str]:
+def reasons_in_options(asked: Options, num_ranks: int) -> Iterator[str]:
     """What the strategy's own arguments show."""
-    if data_parallel_size != 1:
-        yield f"data_parallel_size={data_parallel_size}: one pipeline for now. {LATER}"
-    if isinstance(num_stages, int) and num_stages < 1:
-        yield f"num_stages={num_stages}: the least is 1."
-    elif num_stages != "auto" and num_stages != num_ranks:
+    if asked.data_parallel_size != 1:
+        yield f"data_parallel_size={asked.data_parallel_size}: one pipeline for now. {LATER}"
+    if isinstance(asked.num_stages, int) and asked.num_stages < 1:
+        yield f"num_stages={asked.num_stages}: the least is 1."
+    elif asked.num_stages != "auto" and asked.num_stages != num_ranks:
         yield (
-            f"num_stages={num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages` out, or"
-            f" set `devices={num_stages}`. {LATER}"
+            f"num_stages={asked.num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages`"
+            f" out, or set `devices={asked.num_stages}`. {LATER}"
         )
-    if schedule in ("gpipe", "1f1b"):
+    if asked.schedule in ("gpipe", "1f1b"):
         yield (
-            f"schedule={schedule!r}: `cpipe schedule` draws and checks it, but only 'continuous' runs for now. {LATER}"
+            f"schedule={asked.schedule!r}: `cpipe schedule` draws and checks it, but only 'continuous' runs for now."
+            f" {LATER}"
         )
-    elif schedule != "continuous":
-        yield f"schedule={schedule!r}: there is none of that name; there are 'continuous', 'gpipe' and '1f1b'."
-    if num_microbatches != 1:
+    elif asked.schedule != "continuous":
+        yield f"schedule={asked.schedule!r}: there is none of that name; there are 'continuous', 'gpipe' and '1f1b'."
+    if asked.num_microbatches != 1:
         yield (
-            f"num_microbatches={num_microbatches}: the continuous schedule streams whole mini-batches; micro-batches"
-            f" come with the flush schedules. {LATER}"
+            f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches;"
+            f" micro-batches come with the flush schedules. {LATER}"
         )
-    if versions == "latest":
-        yield f"versions={versions!r}: only 'stash' for now. {LATER}"
-    elif versions != "stash":
-        yield f"versions={versions!r}: there is none of that name; there are 'stash' and 'latest'."
-    if remedy is not None:
-        yield f"remedy={remedy!r}: none for now. {LATER}"
-    if extra_in_flight < 0:
-        yield f"extra_in_flight={extra_in_flight}: the least is 0."
-    if isinstance(split_points, str) and split_points != "auto":
-        yield f"split_points={split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
-    if check not in get_args(Check):
-        yield f"check={check!r}: there is none of that name; there are {', '.join(map(repr, get_args(Check)))}."
-    if timeout <= 0:
-        yield f"timeout={timeout:g}: it is in seconds, and must be more than 0."
+    if asked.versions == "latest":
+        yield f"versions={asked.versions!r}: only 'stash' for now. {LATER}"
+    elif asked.versions != "stash":
+        yield f"versions={asked.versions!r}: there is none of that name; there are 'stash' and 'latest'."
+    if asked.remedy is not None:
+        yield f"remedy={asked.remedy!r}: none for now. {LATER}"
+    if asked.extra_in_flight < 0:
+        yield f"extra_in_flight={asked.extra_in_flight}: the least is 0."
+    if isinstance(asked.split_points, str) and asked.split_points != "auto":
+        yield f"split_points={asked.split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
+    if asked.check not in get_args(Check):
+        yield f"check={asked.check!r}: there is none of that name; there are {', '.join(map(repr, get_args(Check)))}."
+    if asked.timeout <= 0:
+        yield f"timeout={asked.timeout:g}: it is in seconds, and must be more than 0."
 
 
 def reasons_in_trainer(

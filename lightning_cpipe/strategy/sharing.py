@@ -214,6 +214,43 @@ class Listener(Sharing):
         set_received_sigterm(self._trainer, word.sigterm)
 
 
+class Alone(Sharing):
+    """Where there is one stage, it has nobody to tell."""
+
+    leads = True
+
+    @override
+    def after_step(self, output: dict[str, Any]) -> None:
+        pass
+
+    @override
+    def after_step_hooks(self) -> None:
+        pass
+
+    @override
+    def before_collective(self) -> None:
+        pass
+
+    @override
+    def metrics(self, topic: str) -> None:
+        pass
+
+    @override
+    def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
+        pass
+
+    @override
+    def agree(self, topic: str, content: Any) -> Any:
+        return content
+
+
+def share(trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> Sharing:
+    """This rank's share."""
+    if decisions.is_alone:
+        return Alone(trainer, decisions)
+    return Speaker(trainer, decisions) if decisions.leads else Listener(trainer, decisions, timeline)
+
+
 def _numbers(metrics: dict[str, Tensor]) -> Numbers:
     (numbers,) = _in_numbers(metrics)
     return numbers

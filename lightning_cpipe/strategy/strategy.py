@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import CudaTimeline, Span, Timeline
+from lightning_cpipe.engine.training import room_on_lanes
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
@@ -43,6 +44,7 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_sigterm,
 )
 from lightning_cpipe.strategy.loops import install_loops
+from lightning_cpipe.strategy.options import Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
     clips_by_norm,
@@ -52,7 +54,8 @@ from lightning_cpipe.strategy.refusals import (
     refuse,
     refuse_broadcast,
 )
-from lightning_cpipe.strategy.sharing import Listener, Sharing, Speaker
+from lightning_cpipe.strategy.run_at_hand import RunAtHand
+from lightning_cpipe.strategy.sharing import share
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.whole import Whole
@@ -118,7 +121,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         check: Check = "auto",
         timeout: float = 60.0,
         process_group_backend: str | None = None,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        start_method: StartMethod = "popen",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -136,31 +139,29 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """Where a launcher looks for the last words of the ranks it started."""
         self.timeline = Timeline()
         """What this rank did when, in the run at hand or the last one."""
-        self._num_stages = num_stages
-        self._data_parallel_size = data_parallel_size
-        self._schedule_name = schedule
-        self._num_microbatches = num_microbatches
-        self._split_points = split_points
-        self._versions_policy = versions
-        self._remedy = remedy
-        self._extra_in_flight = extra_in_flight
-        self._cross_epoch = cross_epoch
-        self._check: Check = check
-        self._timeout = timeout
-        self._process_group_backend = process_group_backend
-        self._start_method: Literal["popen", "spawn", "fork", "forkserver"] = start_method
+        self._options = Options(
+            num_stages,
+            data_parallel_size,
+            schedule,
+            num_microbatches,
+            split_points,
+            versions,
+            remedy,
+            extra_in_flight,
+            cross_epoch,
+            check,
+            timeout,
+            process_group_backend,
+            start_method,
+        )
         self._num_nodes = 1
         self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight))
         self._seed = 0
         self._stream: Stream | None = None
         self._processes: Processes | None = None
-        self._run: StageRun | None = None
-        self._steps: Steps | None = None
-        self._whole: Whole | None = None
-        self._sharing: Sharing | None = None
+        self._at_hand: RunAtHand | None = None
         self._streaming = False
         self._hand_raised = False
-        self._undo: list[Callable[[], None]] = []
         self._whole_optimizer_states: list[State] = []
 
     # ---- who is who ----
@@ -185,11 +186,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return self._schedule
 
     @property
-    def run(self) -> StageRun:
-        """This rank's share of the run at hand."""
-        if self._run is None:
+    def at_hand(self) -> RunAtHand:
+        """This rank's part of the run at hand."""
+        if self._at_hand is None:
             raise RuntimeError("there is no run at hand: the strategy is set up by `trainer.fit` and the like.")
-        return self._run
+        return self._at_hand
+
+    @property
+    def stage_run(self) -> StageRun:
+        """The stage, lanes and streams of this rank in the run at hand."""
+        return self.at_hand.stage_run
 
     @property
     def processes(self) -> Processes:
@@ -197,13 +203,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self._processes is None:
             raise RuntimeError("the ranks have not met yet: `trainer.fit` and the like bring them together.")
         return self._processes
-
-    @property
-    def steps(self) -> Steps:
-        """This rank's steps in the run at hand."""
-        if self._steps is None:
-            raise RuntimeError("there is no run at hand: the strategy is set up by `trainer.fit` and the like.")
-        return self._steps
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -233,7 +232,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         """Whether Lightning should split the data between ranks: the stages of one pipeline all see the same."""
-        return self._data_parallel_size > 1
+        return self._options.data_parallel_size > 1
 
     @property
     @override
@@ -252,10 +251,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if self._start_method == "popen":
+        if self._options.start_method == "popen":
             self._launcher = ScriptLauncher(self, self.cluster_environment, self.num_processes, self.num_nodes)
         else:
-            self._launcher = ProcessLauncher(self, self._start_method)
+            self._launcher = ProcessLauncher(self, self._options.start_method)
 
     def refuse_early(self, trainer: pl.Trainer) -> None:
         """Refuse what can't run before any process is started.
@@ -264,19 +263,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             MisconfigurationException: with all reasons.
         """
         reasons = [
-            *reasons_in_options(
-                self.num_stages,
-                self._num_stages,
-                self._data_parallel_size,
-                self._schedule_name,
-                self._num_microbatches,
-                self._versions_policy,
-                self._remedy,
-                self._extra_in_flight,
-                self._split_points,
-                self._check,
-                self._timeout,
-            ),
+            *reasons_in_options(self._options, self.num_stages),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, self.num_stages),
         ]
         refuse(reasons)
@@ -299,9 +286,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self._processes is None:
             self._processes = Processes(
-                self.cluster_environment, self.num_stages, self.root_device, self._process_group_backend
+                self.cluster_environment, self.num_stages, self.root_device, self._options.process_group_backend
             )
-        self._processes.begin(self._timeout, self.words_folder)
+        self._processes.begin(self._options.timeout, self.words_folder)
         # What is drawn while data and module are set up is the same on all ranks, seeded or not.
         set_state(self._processes.control.share(get_state()))
         seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
@@ -319,32 +306,28 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
-        cut = agree_on_cut(trainer, self.processes, self._split_points, self._check, self.root_device, self._seed)
+        cut = agree_on_cut(trainer, self.processes, self._options, self.root_device, self._seed)
         if fitting:
             self.setup_optimizers(trainer)
+        whole: Whole | None = None
         if self.num_stages > 1:
             # An evaluation has none; those of a fit before may still be here.
-            optimizers = self.optimizers if fitting else []
-            self._whole = Whole(module, optimizers, cut, self.stage, self.processes.control)
-            self._whole.take_apart()
+            whole = Whole(module, self.optimizers if fitting else [], cut, self.stage, self.processes.control)
+            whole.take_apart()
         self.model_to_device()
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        stage_module = StageModule(module, cut, self.stage, self.root_device)
-        in_flight = self._schedule.lag(self.stage, self.num_stages) + POSTED_AHEAD + 4
-        self._run = StageRun(stage_module, self.processes.lanes(in_flight), self.timeline)
-        self._steps = Steps(trainer, self._run, self._seed, self.root_device)
-        if self.num_stages > 1:
-            decisions = self._run.decisions
-            speaks = decisions.leads
-            self._sharing = Speaker(trainer, decisions) if speaks else Listener(trainer, decisions, self.timeline)
-            self._undo += arrange_hooks(trainer, module, cut, self._sharing)
+        lanes = self.processes.lanes(room_on_lanes(self._schedule.lag(self.stage, self.num_stages)))
+        stage_run = StageRun(StageModule(module, cut, self.stage, self.root_device), lanes, self.timeline)
+        steps = Steps(trainer, stage_run, self._seed, self.root_device)
+        sharing = share(trainer, stage_run.decisions, self.timeline)
+        undo = arrange_hooks(trainer, module, cut, sharing) if self.num_stages > 1 else []
+        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
-            training = self._steps.begin_training(self._schedule)
+            training = steps.begin_training(self._schedule)
             training.hand_raised = lambda: self._hand_raised
-            if self._sharing is not None:
-                self._sharing.hand_raised = training.is_hand_raised
+            sharing.hand_raised = training.is_hand_raised
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -385,90 +368,86 @@ class ContinuousPipeStrategy(ParallelStrategy):
             seed=self._seed,
             stream=self._stream if several and self._stream is not None else nullcontext,
             timeline=self.timeline,
-            crosses_epochs=self._cross_epoch and several and not changes,
+            crosses_epochs=self._options.cross_epoch and several and not changes,
         )
 
     def begin_stream(self) -> None:
         """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
-        self.run.training.books.begin()
+        self.stage_run.training.books.begin()
 
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""
-        self.run.settle()
+        self.stage_run.settle()
         self._streaming = False
 
     def after_step(self, output: dict[str, Any]) -> None:
         """A local step's optimization is done: learn what the last stage logged, and the true loss."""
-        if self._sharing is not None:
-            self._sharing.after_step(output)
+        self.at_hand.sharing.after_step(output)
 
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
-        if self._sharing is not None:
-            self._sharing.after_step_hooks()
+        self.at_hand.sharing.after_step_hooks()
 
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
-        self.steps.require_same_trainable()
+        self.at_hand.steps.require_same_trainable()
 
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
-        if self._sharing is not None:
-            self._sharing.metrics("end of epoch")
+        self.at_hand.sharing.metrics("end of epoch")
 
     def evaluating(self) -> AbstractContextManager[None]:
         """An evaluation runs inside."""
-        return self.steps.evaluating()
+        return self.at_hand.steps.evaluating()
 
     def share_evaluation(self, outputs: list[dict[str, Any]]) -> None:
         """A loader of an evaluation is done: learn what the last stage logged for it."""
-        if self._sharing is not None:
-            self._sharing.evaluation_of_loader(outputs)
+        self.at_hand.sharing.evaluation_of_loader(outputs)
 
     def after_evaluation(self) -> None:
         """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
-        if self._sharing is not None:
-            self._sharing.metrics("evaluation")
+        self.at_hand.sharing.metrics("evaluation")
 
     # ---- steps ----
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         as_usual = super().batch_to_device
-        return self.steps.prepare(batch, lambda batch: as_usual(batch, device, dataloader_idx))
+        return self.at_hand.steps.prepare(batch, lambda batch: as_usual(batch, device, dataloader_idx))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.steps.train()
+        return self.at_hand.steps.train()
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        loss = self.precision_plugin.pre_backward(closure_loss, self._module)
-        self.steps.backward(lambda: self.precision_plugin.backward(loss, self._module, optimizer, *args, **kwargs))
-        loss = self.precision_plugin.post_backward(loss, self._module)
-        self.steps.begin_update_if_due()
+        precision, steps = self.precision_plugin, self.at_hand.steps
+        loss = precision.pre_backward(closure_loss, self._module)
+        steps.backward(lambda: precision.backward(loss, self._module, optimizer, *args, **kwargs))
+        loss = precision.post_backward(loss, self._module)
+        steps.begin_update_if_due()
         return loss
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        with self.steps.updating():
+        with self.at_hand.steps.updating():
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.val_step_context():
-            return self.steps.evaluate("validation_step", args)
+            return self.at_hand.steps.evaluate("validation_step", args)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.test_step_context():
-            return self.steps.evaluate("test_step", args)
+            return self.at_hand.steps.evaluate("test_step", args)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision_plugin.predict_step_context():
-            return self.steps.evaluate("predict_step", args)
+            return self.at_hand.steps.evaluate("predict_step", args)
 
     # ---- what Lightning asks of all ranks ----
 
@@ -483,10 +462,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """What rank 0 has, on every rank. While training streams, rank 0 does not wait for the others."""
         if src != 0:
             raise ValueError(f"broadcast(src={src}): in a pipeline, only rank 0 is ahead of all others.")
-        if self._streaming and self._sharing is not None:
-            if self.steps.running:
+        if self._streaming:
+            if self.at_hand.steps.running and self.num_stages > 1:
                 refuse_broadcast()
-            return self._sharing.agree("broadcast", obj)
+            return self.at_hand.sharing.agree("broadcast", obj)
         return obj if self._processes is None else self._processes.control.share(obj)
 
     @override
@@ -514,15 +493,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file of the whole module. What is in flight stays in flight."""
-        if self._whole is None:
+        whole = None if self._at_hand is None else self._at_hand.whole
+        if whole is None:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if self._interrupted:
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
-        if self._sharing is not None:
-            self._sharing.before_collective()
-        super().save_checkpoint(self._whole.checkpoint(checkpoint), filepath, storage_options)
+        self.at_hand.sharing.before_collective()
+        super().save_checkpoint(whole.checkpoint(checkpoint), filepath, storage_options)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> State:
@@ -532,15 +511,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._whole is None:
+        if (whole := self.at_hand.whole) is None:
             super().load_model_state_dict(checkpoint, strict)
         else:
-            self._whole.load_module(checkpoint["state_dict"], strict)
+            whole.load_module(checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint["optimizer_states"]
-        own = states if self._whole is None else self._whole.own_optimizer_states(states)
+        whole = self.at_hand.whole
+        own = states if whole is None else whole.own_optimizer_states(states)
         super().load_optimizer_state_dict({"optimizer_states": own})
 
     # ---- what callbacks show ----
@@ -551,11 +531,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
         All ranks must call it, after a checkpoint was restored and before the first step, as in `on_train_start`.
         """
         begun = self._module.trainer.fit_loop.total_batch_idx + 1
-        self.run.training.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
+        self.stage_run.training.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
 
     def stage_figures(self) -> dict[int, StageFigures]:
         """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
-        training = self.run.training
+        training = self.stage_run.training
         return {**training.figures, self.stage: training.books.figures()}
 
     def promised_delay(self, stage: int) -> int:
@@ -566,12 +546,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def forward_flops(self) -> int:
         """Floating-point operations of one forward of the first batch, all stages together, as counted at set-up."""
-        return self.run.module.cut.forward_flops
+        return self.stage_run.module.cut.forward_flops
 
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
         self.timeline.settle()
-        mine = (self.stage, self.timeline.spans, self.run.training.books.figures())
+        mine = (self.stage, self.timeline.spans, self.stage_run.training.books.figures())
         return {stage: (spans, figures) for stage, spans, figures in self.processes.control.collect(mine)}
 
     # ---- the end ----
@@ -600,18 +580,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def teardown(self) -> None:
         """Make the module on rank 0 whole again, and let go of the others."""
         self._streaming = False
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-        if self._run is not None:
-            if self._interrupted:
-                self._run.module.remove()
-            else:
-                self._run.close()
-                states = [] if self._whole is None else self._whole.put_together()
-                if self._run.trains:
-                    self._whole_optimizer_states = states
-            self._run = self._steps = self._whole = self._sharing = None
+        if self._at_hand is not None and self._interrupted:
+            self._at_hand.break_off()
+        elif self._at_hand is not None and (states := self._at_hand.end()) is not None:
+            self._whole_optimizer_states = states
+        self._at_hand = None
         if self._processes is not None and not self._interrupted:
             self._processes.end()
         optimizers_to_device(self.optimizers, torch.device("cpu"))

@@ -228,7 +228,7 @@ lightning_cpipe.register()
 for name in ("continuous_pipe", "continuous_pipe_spawn", "continuous_pipe_fork", "continuous_pipe_notebook"):
     trainer = pl.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, lightning_cpipe.ContinuousPipeStrategy)
-    print(name, trainer.strategy._start_method, trainer.world_size)
+    print(name, trainer.strategy._options.start_method, trainer.world_size)
 """
     found = started(sys.executable, "-c", script)
     assert found.status == 0, found.err

@@ -1,0 +1,29 @@
+"""What a user asks of the strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_cpipe.probe.probe import Check
+
+StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The strategy's own arguments, as `ContinuousPipeStrategy` documents them; nothing is checked yet."""
+
+    num_stages: int | Literal["auto"] = "auto"
+    data_parallel_size: int = 1
+    schedule: str = "continuous"
+    num_microbatches: int = 1
+    split_points: list[str] | str = "auto"
+    versions: str = "stash"
+    remedy: str | None = None
+    extra_in_flight: int = 0
+    cross_epoch: bool = True
+    check: Check = "auto"
+    timeout: float = 60.0
+    process_group_backend: str | None = None
+    start_method: StartMethod = "popen"

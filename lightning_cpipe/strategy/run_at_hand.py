@@ -1,0 +1,51 @@
+"""Everything of one rank that lives from the strategy's set-up to its teardown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lightning_cpipe.strategy.checkpoint import State
+from lightning_cpipe.strategy.sharing import Sharing
+from lightning_cpipe.strategy.stage_run import StageRun
+from lightning_cpipe.strategy.steps import Steps
+from lightning_cpipe.strategy.whole import Whole
+
+
+@dataclass(frozen=True)
+class RunAtHand:
+    """One rank's part of a fit or of an evaluation.
+
+    Attributes:
+        stage_run: its stage, lanes and streams.
+        steps: its steps.
+        sharing: its share in the talk of what the last stage logs and decides.
+        whole: its share in the whole module; None where there is one stage.
+        undo: leaves Lightning's objects as they were; called in reverse.
+    """
+
+    stage_run: StageRun
+    steps: Steps
+    sharing: Sharing
+    whole: Whole | None
+    undo: Sequence[Callable[[], None]]
+
+    def end(self) -> list[State] | None:
+        """All went well: take what is under way to its end, and make the module on rank 0 whole again.
+
+        Returns:
+            After a fit, on rank 0, the states of the whole module's optimizers.
+        """
+        self._let_go()
+        self.stage_run.close()
+        states = [] if self.whole is None else self.whole.put_together()
+        return states if self.stage_run.trains else None
+
+    def break_off(self) -> None:
+        """The pipeline is broken: leave the module as it is, cut."""
+        self._let_go()
+        self.stage_run.module.remove()
+
+    def _let_go(self) -> None:
+        for each in reversed(self.undo):
+            each()
