@@ -1,7 +1,7 @@
 """What a rank would say if it were killed this moment, kept in a file that outlives it.
 
 A process that gets SIGKILL says nothing. So each rank keeps a sentence in a small memory-mapped file, with the number
-of the mini-batch it is at; keeping it up to date costs less than a microsecond. Others read it when the rank is gone.
+of the mini-batch it is at, which costs a write to memory. Others read it when the rank is gone.
 Under torchrun it is the file in which the elastic agent looks for a worker's error, so the agent's report says it too.
 """
 
