@@ -119,7 +119,7 @@ class IdleMonitor(pl.Callback):
             numbers[f"stage{stage}/delay_promised_updates"] = strategy.promised_delay(stage)
         numbers |= {f"pipe/{name}": float(mean.compute()) for name, mean in means.items()}
         done = figures[max(figures)].backwards
-        numbers["pipe/idle_ratio_predicted"] = predicted_idle_ratio(strategy.num_stages, done, drained=drained)
+        numbers["pipe/idle_ratio_predicted"] = strategy.schedule.idle_ratio(strategy.num_stages, done, drained=drained)
         numbers["pipe/evaluation_s"] = max(each.seconds(EVALUATION) for each in figures.values())
         return numbers
 
@@ -129,16 +129,6 @@ class IdleMonitor(pl.Callback):
             f" {numbers['pipe/idle_ratio_steady']:.1%} without the fill;"
             f" predicted by slots: {numbers['pipe/idle_ratio_predicted']:.1%}"
         )
-
-
-def predicted_idle_ratio(num_stages: int, mini_batches: int, *, drained: bool) -> float:
-    """Share of slots that the plan leaves idle on each stage.
-
-    Until the last mini-batch has been forwarded, only the fill's ``p - 1`` slots of ``2 N + p - 1``; of a whole run,
-    ``2 (p - 1)`` of ``2 N + 2 (p - 1)``.
-    """
-    idle = (2 if drained else 1) * (num_stages - 1)
-    return idle / (2 * mini_batches + idle) if mini_batches else 0.0
 
 
 def timeline_rows(spans: Mapping[int, list[Span]]) -> list[tuple[int, str, int, float, float]]:

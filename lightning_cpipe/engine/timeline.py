@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from lightning_cpipe.schedules.action import Kind
+
 FORWARD = "forward"
 BACKWARD = "backward"
 UPDATE = "update"
@@ -27,6 +29,15 @@ OTHER = "other"
 
 KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION, DATA, EVALUATION)
 """Every kind of span that is recorded. *Other* is what they leave."""
+
+ACTIONS = {
+    FORWARD: Kind.FORWARD,
+    BACKWARD: Kind.BACKWARD,
+    UPDATE: Kind.UPDATE,
+    WAIT_ACTIVATION: Kind.RECV_FORWARD,
+    WAIT_GRADIENT: Kind.RECV_BACKWARD,
+}
+"""The kinds that are actions of a plan."""
 
 IDLE = (WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION)
 """The kinds that count as idle."""

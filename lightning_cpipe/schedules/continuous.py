@@ -94,6 +94,19 @@ class Continuous(Schedule):
         windows = (self.updates_before(start + lag) - self.updates_before(start) for start in range(period))
         return 1 + max(windows)
 
+    def idle_ratio(self, num_stages: int, num_batches: int, *, drained: bool) -> float:
+        """Share of slots that the plan leaves idle on each stage up to the end of the backward of `num_batches`.
+
+        Until the last mini-batch of a run has been forwarded, only the fill's ``p - 1`` slots of ``2 N + p - 1``; of a
+        whole run, `slot_exact_ratio`.
+        """
+        if not num_batches:
+            return 0.0
+        if drained:
+            return self.slot_exact_ratio(num_stages, num_batches)
+        fill = num_stages - 1
+        return fill / (2 * num_batches + fill)
+
     def paper_ratio(self, num_stages: int, num_batches: int) -> float:
         """``1 / (N / (2 (p - 1)) + 1)``, as the paper prints it.
 

@@ -1,11 +1,15 @@
 """The Lightning strategy: what translates between Lightning's hooks and the engine.
 
 strategy           the door: one method per hook
-loops, fetcher     the few methods of Lightning's loops that differ, and the data that is drawn ahead
+options            its arguments
+loops              the few methods of Lightning's loops that differ
+fetcher            data, drawn ahead of the loop; epoch_reader, update_count, drawn: through epochs, to the run's end
 cutting, probing   set-up: look at the module, choose the cuts, agree on them
-stage_run          one rank's share of one run
+run_at_hand        this rank's part of one run: steps, on a stage_run; sharing; hooks
+steps              the steps, of mini-batches ahead of the loop's
 sharing, hooks     what the last stage logs and decides; which hooks run where
-checkpoint         one plain file out of the stages' parts
+step_names         the names that Lightning makes of a step's
+whole, checkpoint  the module in parts and whole again; one plain file out of the parts
 processes, launchers, ending    the ranks, and how they end
 refusals           what can't run, with a way out
 lightning_private  every private name of Lightning, in one place

@@ -12,7 +12,8 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 
-from lightning_cpipe.transport.liveness import GRACE_S, FirstCause, say
+from lightning_cpipe.transport.first_cause import FirstCause, say
+from lightning_cpipe.transport.liveness import GRACE_S
 
 log = logging.getLogger(__name__)
 

@@ -18,20 +18,7 @@ from typing_extensions import override
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of
 from lightning_cpipe.strategy.sharing import Sharing
-
-_ENDS = {
-    "on_validation_batch_end": "on_validation_epoch_end",
-    "on_test_batch_end": "on_test_epoch_end",
-    "on_predict_batch_end": "on_predict_epoch_end",
-}
-"""Hooks that are given a step's output, which only the last stage has -> those that may use what they collected."""
-
-_EPOCH_END = {
-    "training_step": "on_train_epoch_end",
-    "validation_step": "on_validation_epoch_end",
-    "test_step": "on_test_epoch_end",
-    "predict_step": "on_predict_epoch_end",
-}
+from lightning_cpipe.strategy.step_names import STEPS
 
 
 def arrange_hooks(
@@ -52,11 +39,14 @@ def arrange_hooks(
     if not sharing.leads:
         undo.append(instead_of(module, "log", _nothing))
         for owner in (module, *callbacks_of(trainer)):
-            for of_batch, of_epoch in _ENDS.items():
-                if is_overridden(of_batch, owner):
-                    undo += [instead_of(owner, of_batch, _nothing), instead_of(owner, of_epoch, _nothing)]
+            for step, names in STEPS.items():
+                # An evaluation's step has its output on the last stage only; training's is the same on all.
+                if step != "training_step" and is_overridden(names.batch_end, owner):
+                    undo += [instead_of(owner, names.batch_end, _nothing), instead_of(owner, names.epoch_end, _nothing)]
         undo += [
-            instead_of(module, _EPOCH_END[step], _nothing) for step, found in cut.steps.items() if found.leaves_behind
+            instead_of(module, STEPS[step].epoch_end, _nothing)
+            for step, found in cut.steps.items()
+            if found.leaves_behind
         ]
     if "training_step" in cut.steps:
         undo += [_share_before_epoch_end(trainer, sharing), _share_after_epoch_end(module, sharing)]

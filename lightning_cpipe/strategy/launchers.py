@@ -31,8 +31,10 @@ from lightning_cpipe.strategy.lightning_private import (
     set_num_threads_if_needed,
     start_children,
 )
+from lightning_cpipe.transport.first_cause import FirstCause, say
 from lightning_cpipe.transport.last_words import read_last_words
-from lightning_cpipe.transport.liveness import GRACE_S, LAUNCHER, FirstCause, say
+from lightning_cpipe.transport.launched import LAUNCHER
+from lightning_cpipe.transport.liveness import GRACE_S
 
 POLL_S = 0.2
 """Seconds between two looks at the children."""

@@ -30,14 +30,8 @@ from lightning_cpipe.strategy.lightning_private import (
 )
 from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
 from lightning_cpipe.strategy.refusals import refuse_broadcast
+from lightning_cpipe.strategy.step_names import STEPS
 from lightning_cpipe.tree import signature
-
-_CONTEXTS = {
-    "training_step": "train_step_context",
-    "validation_step": "val_step_context",
-    "test_step": "test_step_context",
-    "predict_step": "predict_step_context",
-}
 
 
 def training_probe_step(module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int) -> Step:
@@ -116,7 +110,7 @@ def _starts(module: pl.LightningModule, seen: Survey, num_stages: int, split_poi
 
 def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:
     trains = name == "training_step"
-    context = getattr(module.trainer.precision_plugin, _CONTEXTS[name])
+    context = getattr(module.trainer.precision_plugin, STEPS[name].context)
 
     def call() -> Observed:
         logged: dict[str, Any] = {}

@@ -18,8 +18,10 @@ from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
 from lightning_cpipe.transport.control import Control
+from lightning_cpipe.transport.first_cause import ORPHANED, say, sentence_if_killed
 from lightning_cpipe.transport.last_words import LastWords
-from lightning_cpipe.transport.liveness import ORPHANED, Guard, Watch, launcher, say, sentence_if_killed
+from lightning_cpipe.transport.launched import Guard, launcher
+from lightning_cpipe.transport.liveness import Watch
 from lightning_cpipe.transport.wiring import Lanes, Wiring
 
 START_UP = timedelta(minutes=10)
@@ -33,6 +35,11 @@ def stage_of(rank: int, num_stages: int) -> int:
     last stage is also the first to finish a local step, so what rank 0 says comes in time for everyone.
     """
     return num_stages - 1 - rank % num_stages
+
+
+def rank_of(stage: int, num_stages: int) -> int:
+    """The rank that holds a stage."""
+    return num_stages - 1 - stage
 
 
 class Processes:
@@ -63,7 +70,7 @@ class Processes:
             init_dist_connection(environment, self._backend, timeout=START_UP)
         self.control = Control(num_stages)
         if num_stages > 1:
-            ranks = [num_stages - 1 - stage for stage in range(num_stages)]
+            ranks = [rank_of(stage, num_stages) for stage in range(num_stages)]
             self._wiring = Wiring(self.control, ranks, self.stage, device, self._backend)
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(self, _let_go_of, self._wiring, self.control, self._ending)

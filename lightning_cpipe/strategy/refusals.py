@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
+from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
 
@@ -46,7 +47,7 @@ def refuse_broadcast(*_: object, **__: object) -> NoReturn:
     )
 
 
-def reasons_in_options(asked: Options, num_ranks: int) -> Iterator[str]:
+def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> Iterator[str]:
     """What the strategy's own arguments show."""
     if asked.data_parallel_size != 1:
         yield f"data_parallel_size={asked.data_parallel_size}: one pipeline for now. {LATER}"
@@ -81,6 +82,11 @@ def reasons_in_options(asked: Options, num_ranks: int) -> Iterator[str]:
         yield f"split_points={asked.split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
     if asked.check not in get_args(Check):
         yield f"check={asked.check!r}: there is none of that name; there are {', '.join(map(repr, get_args(Check)))}."
+    if device.type == "cuda" and asked.process_group_backend not in (None, "nccl"):
+        yield (
+            f"process_group_backend={asked.process_group_backend!r}: tensors of GPUs travel by NCCL, which does not"
+            " hold up the process until they have left. Leave it out."
+        )
     if asked.timeout <= 0:
         yield f"timeout={asked.timeout:g}: it is in seconds, and must be more than 0."
 
@@ -100,7 +106,7 @@ def reasons_in_trainer(
             "precision='16-mixed': the loss scale would have to be the same on all stages. Use 'bf16-mixed' or"
             f" 'bf16-true'. {LATER}"
         )
-    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+    for step in STEPS:
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
             yield f"`{step}(self, dataloader_iter)`: take `batch` and `batch_idx` instead."
     if not trainer.training:

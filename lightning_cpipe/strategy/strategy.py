@@ -25,9 +25,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.timeline import CudaTimeline, Span, Timeline
+from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
 from lightning_cpipe.probe.probe import Check
+from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
@@ -60,8 +61,6 @@ from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.whole import Whole
 from lightning_cpipe.tree import flatten
-
-_ACTION_OF = {"forward": "F", "backward": "B", "update": "U", "wait_activation": "RECV_F", "wait_gradient": "RECV_B"}
 
 _CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)
 """Callbacks that change the plan when an epoch begins."""
@@ -263,7 +262,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             MisconfigurationException: with all reasons.
         """
         reasons = [
-            *reasons_in_options(self._options, self.num_stages),
+            *reasons_in_options(self._options, self.num_stages, self.root_device),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, self.num_stages),
         ]
         refuse(reasons)
@@ -574,7 +573,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.timeline.now_at is None:
             return "during set-up"
         kind, batch = self.timeline.now_at
-        return f"at mini-batch {batch}" + (f", in {self.stage}{_ACTION_OF[kind]}{batch}" if kind in _ACTION_OF else "")
+        action = f", in {Action(ACTIONS[kind], batch, self.stage)}" if kind in ACTIONS else ""
+        return f"at mini-batch {batch}{action}"
 
     @override
     def teardown(self) -> None:

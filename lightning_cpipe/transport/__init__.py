@@ -7,6 +7,8 @@ connections   the sockets under the records
 control       all ranks together, before and after training streams
 settling      brings the lanes of a run to rest
 liveness      watches that all ranks are alive, and agrees on the first cause when one is not
+first_cause   why a pipeline ended, in one sentence
+launched      who launched this process, and what to do when that one is gone
 last_words    what a rank would say if it were killed this moment
 machine       what two processes of one machine can know of each other
 """

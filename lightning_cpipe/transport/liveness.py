@@ -1,8 +1,9 @@
 """Watches that all ranks of the pipeline are alive, and agrees on the first cause when one is not.
 
 The data groups never time out, and a rank that waits on them learns of a death only if its own connection breaks. So
-each process has a thread that beats twice a second on a key-value store, and looks there for what others said. The
-first that has something to say is the first cause, for everyone; what comes after it are echoes.
+each process has a thread that beats twice a second on a key-value store, and looks there for what others said, and
+whether the next rank still beats. The first that has something to say is the first cause, for everyone; what comes
+after it are echoes.
 
 A second thread asks nobody, so nothing can keep it waiting, not even a store whose process hangs. It ends a process
 whose main thread does not end by itself once the first cause is known, after a moment of grace; so is one ended whose
@@ -14,17 +15,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch.distributed as dist
 
+from lightning_cpipe.transport.first_cause import GONE, ORPHANED, SILENT, FirstCause, say
 from lightning_cpipe.transport.last_words import LastWords, read_last_words
+from lightning_cpipe.transport.launched import is_orphan
 from lightning_cpipe.transport.machine import is_alive, this_machine
 
 BEAT_S = 0.5
@@ -36,95 +37,6 @@ GRACE_S = 5.0
 LINGER_S = 1.0
 """Seconds that a process which only follows another one's failure leaves that one to end first: launchers take the
 process that ends first for the one that failed."""
-
-
-class FirstCause(NamedTuple):
-    """Why the pipeline ended.
-
-    Attributes:
-        rank: that failed first.
-        text: one sentence that names stage, rank, mini-batch and error.
-        is_mute: whether that rank can't say it itself.
-    """
-
-    rank: int
-    text: str
-    is_mute: bool = False
-
-    @classmethod
-    def of(cls, rank: int, stage: int, story: str, *, is_mute: bool = False) -> FirstCause:
-        """The cause in one sentence."""
-        return cls(rank, f"{_beginning(rank, stage)}{story}", is_mute)
-
-    def tells(self, story: str, stage: int) -> bool:
-        """Whether the story begins so; an error's own text never does."""
-        return self.text.startswith(_beginning(self.rank, stage) + story)
-
-
-def _beginning(rank: int, stage: int) -> str:
-    return f"the pipeline ended because stage {stage} (rank {rank}) failed: "
-
-
-GONE = "its process is gone (killed?)"
-SILENT = "it was silent for"
-ORPHANED = "the process that launched it is gone"
-
-LAUNCHER = "LIGHTNING_CPIPE_LAUNCHER"
-"""The environment variable in which a launcher of this package tells the ranks its process id."""
-
-
-def launcher() -> int | None:
-    """The process that launched this rank; None where a rank does not end with the process that started it.
-
-    Rank 0 of a script, for one: it goes on when the shell that it was started from is closed.
-    """
-    told = os.environ.get(LAUNCHER)
-    if told is not None:
-        return int(told)
-    return os.getppid() if dist.is_torchelastic_launched() else None
-
-
-def is_orphan(launcher: int | None) -> bool:
-    """Whether the process that launched this one is gone."""
-    return launcher is not None and os.getppid() != launcher
-
-
-def sentence_if_killed(rank: int, stage: int) -> str:
-    """The last words of a rank that could not say any."""
-    return FirstCause.of(rank, stage, f"{GONE}; it was at mini-batch {{batch}}").text
-
-
-class Guard:
-    """Ends this process if the one that launched it is gone while the ranks do not watch each other yet.
-
-    Args:
-        rank: this process's global rank.
-        stage: the stage of this rank.
-        launcher: the process that launched this one, if this one is to end with it.
-    """
-
-    def __init__(self, rank: int, stage: int, launcher: int | None) -> None:
-        self._cause = FirstCause.of(rank, stage, ORPHANED)
-        self._launcher = launcher
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lightning_cpipe-guard", daemon=True)
-
-    def start(self) -> None:
-        """Begin; does nothing where this process may outlive the one that started it."""
-        if self._launcher is not None:
-            self._thread.start()
-
-    def stop(self) -> None:
-        """The ranks watch each other from here on."""
-        self._stopping.set()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(BEAT_S):
-            if is_orphan(self._launcher):
-                # One is enough to say it; rank 0 may be the launcher.
-                if self._cause.rank == 1:
-                    say(self._cause)
-                os._exit(1)
 
 
 class Watch:
@@ -151,7 +63,10 @@ class Watch:
         self._lock = threading.Lock()
         self._cause: FirstCause | None = None
         self._looks = 0
-        self._beats: dict[int, tuple[bytes, int]] = {}
+        # In a ring: whoever is silent, the nearest rank before it that is not will notice.
+        self._watched = (rank + 1) % len(stages)
+        self._beat = b""
+        self._unchanged = 0
         self._words_of: dict[int, Path] = {}
         self._pids: dict[int, int] = {}
         # A connection of its own: the main thread may hold the other one, waiting.
@@ -247,7 +162,7 @@ class Watch:
             self._end()
 
     def _look(self, *, listen: bool = False) -> None:
-        """Say that this rank lives, and see what others said, and with `listen` whether they live."""
+        """Say that this rank lives, and see what others said, and with `listen` whether the next one lives."""
         if not is_alive(self._pids.get(0)):
             # It may hold the store; asking there would fail, and torch would complain at length.
             self._conclude(self._gone(0))
@@ -260,25 +175,22 @@ class Watch:
             if self._store.check(["cause"]):
                 self._conclude(FirstCause(*json.loads(self._store.get("cause"))))
                 return
-            silent = self._silent() if listen else None
+            is_silent = listen and self._is_next_silent()
         except dist.DistError:
             # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
             if not self._stopping.is_set():
                 self._conclude(self._gone(0))
             return
-        if silent is not None:
-            self._agree(self._silence(silent))
+        if is_silent:
+            self._agree(self._silence(self._watched))
 
-    def _silent(self) -> int | None:
-        """A rank whose beat has not changed for too long."""
-        for rank in range(len(self._stages)):
-            beat = self._store.get(f"beat/{rank}") if self._store.check([f"beat/{rank}"]) else b""
-            before, unchanged = self._beats.get(rank, (b"", 0))
-            unchanged = unchanged + 1 if beat == before else 0
-            self._beats[rank] = beat, unchanged
-            if self._is_silence(unchanged):
-                return rank
-        return None
+    def _is_next_silent(self) -> bool:
+        """Whether the next rank's beat has not changed for too long."""
+        key = f"beat/{self._watched}"
+        beat = self._store.get(key) if self._store.check([key]) else b""
+        self._unchanged = self._unchanged + 1 if beat == self._beat else 0
+        self._beat = beat
+        return self._is_silence(self._unchanged)
 
     def _is_silence(self, looks: int) -> bool:
         """Whether nothing new in that many looks is too long.
@@ -344,9 +256,3 @@ class Watch:
         path = self._words_of.get(self._cause.rank)
         if path is not None:
             path.unlink(missing_ok=True)
-
-
-def say(cause: FirstCause) -> None:
-    """Print the first cause as the last thing on the screen."""
-    sys.stderr.write(f"\nlightning_cpipe: {cause.text}\n")
-    sys.stderr.flush()

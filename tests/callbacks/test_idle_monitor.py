@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 
 from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor
-from lightning_cpipe.callbacks.idle_monitor import TABLE_ROWS, predicted_idle_ratio, timeline_rows
+from lightning_cpipe.callbacks.idle_monitor import TABLE_ROWS, timeline_rows
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import EVALUATION, FORWARD, KINDS, OTHER, WAIT_GRADIENT, Span
 from lightning_cpipe.schedules.continuous import Continuous
@@ -101,26 +101,9 @@ def test_with_accumulation_the_delay_keeps_below_the_promised_one(accumulate: in
         assert max(row[f"stage{stage}/delay_updates"] for _, row in rows) == promised.pop()
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4])
-@pytest.mark.parametrize("batches", [1, 2, 5, 20])
-def test_the_prediction_at_the_end_counts_the_slots_of_the_plan(p: int, batches: int) -> None:
-    in_run = Table(Continuous(), p, batches).in_run
-    assert predicted_idle_ratio(p, batches, drained=True) == pytest.approx(in_run.slot_exact)
-
-
-def test_the_prediction_on_the_way_counts_the_slots_until_the_last_stage_is_there() -> None:
-    p, batches = 3, 5
-    # The last stage has backwarded so many, of a plan that goes on for long.
-    table = Table(Continuous(), p, 50, window=2 * batches + p - 1)
-    idle = [sum(cell is None for cell in row) for row in table.cells]
-    assert idle[-1] == p - 1
-    assert predicted_idle_ratio(p, batches, drained=False) == idle[-1] / table.window
-    assert predicted_idle_ratio(p, 0, drained=False) == 0
-
-
 def test_a_run_logs_the_prediction_for_the_mini_batches_done() -> None:
     rows = fit(3)[0].found[0]
-    on_the_way = [predicted_idle_ratio(3, done, drained=False) for done in range(1, BATCHES + 1)]
+    on_the_way = [Continuous().idle_ratio(3, done, drained=False) for done in range(1, BATCHES + 1)]
     assert [row["pipe/idle_ratio_predicted"] for _, row in rows] == [
         *on_the_way, Table(Continuous(), 3, BATCHES).in_run.slot_exact
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from lightning_cpipe.schedules.check import delays, live_versions, most_in_fligh
 from lightning_cpipe.schedules.clock import clock
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.plan import Plan
+from lightning_cpipe.schedules.table import Table
 
 STAGES = range(1, 9)
 BATCHES = range(1, 17)
@@ -180,3 +181,20 @@ def test_both_bubble_ratios_follow_their_formulas(p: int) -> None:
 def test_the_bubbles_vanish_as_training_goes_on() -> None:
     assert Continuous().paper_ratio(4, 10**6) < 1e-5
     assert Continuous().slot_exact_ratio(4, 10**6) < 1e-5
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4])
+@pytest.mark.parametrize("batches", [1, 2, 5, 20])
+def test_the_prediction_at_the_end_counts_the_slots_of_the_plan(p: int, batches: int) -> None:
+    in_run = Table(Continuous(), p, batches).in_run
+    assert Continuous().idle_ratio(p, batches, drained=True) == pytest.approx(in_run.slot_exact)
+
+
+def test_the_prediction_on_the_way_counts_the_slots_until_the_last_stage_is_there() -> None:
+    p, batches = 3, 5
+    # The last stage has backwarded so many, of a plan that goes on for long.
+    table = Table(Continuous(), p, 50, window=2 * batches + p - 1)
+    idle = [sum(cell is None for cell in row) for row in table.cells]
+    assert idle[-1] == p - 1
+    assert Continuous().idle_ratio(p, batches, drained=False) == idle[-1] / table.window
+    assert Continuous().idle_ratio(p, 0, drained=False) == 0

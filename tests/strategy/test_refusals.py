@@ -20,7 +20,8 @@ from torch.optim import SGD
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.errors import RankLostError
-from lightning_cpipe.strategy.refusals import LATER, reasons_in_optimizers
+from lightning_cpipe.strategy.options import Options
+from lightning_cpipe.strategy.refusals import LATER, reasons_in_optimizers, reasons_in_options
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 
@@ -170,6 +171,23 @@ def test_options_are_refused_without_training_too_but_not_what_only_training_nee
         getattr(trainer, entry)(Manual(), noise_loader())
     assert "gpipe" in str(caught.value)
     assert "automatic_optimization" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "refused"),
+    [
+        ("cuda", "gloo", True),
+        ("cuda", "nccl", False),
+        ("cuda", None, False),
+        ("cpu", "gloo", False),
+        ("cpu", None, False),
+    ],
+)
+def test_gloo_is_refused_for_gpus(device: str, backend: str | None, refused: bool) -> None:
+    """Its sends and receives would hold up the process until the GPU is done."""
+    asked = Options(process_group_backend=backend)
+    reasons = list(reasons_in_options(asked, 2, torch.device(device)))
+    assert [reason.partition(":")[0] for reason in reasons] == ["process_group_backend='gloo'"] * refused
 
 
 @pytest.mark.usefixtures("no_processes")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_cpipe.transport.first_cause import FirstCause, sentence_if_killed
 from lightning_cpipe.transport.last_words import LastWords, read_last_words
-from lightning_cpipe.transport.liveness import FirstCause, sentence_if_killed
 from tests.helpers.ranks import run_ranks
 
 SENTENCE = "killed at mini-batch {batch}"
