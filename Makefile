@@ -90,7 +90,9 @@ $(READY): pyproject.toml requirements/cpu.txt | $(BIN)/python
 	    if [ -z "$$UV_FIND_LINKS" ]; then export UV_TORCH_BACKEND=$${UV_TORCH_BACKEND:-cpu}; fi; \
 	    add -c requirements/cpu.txt -e ".[test]"; \
 	fi
-	@$(BIN)/python -c "import sys, torch; print('Ready: Python', sys.version.split()[0], 'and torch', torch.__version__)"
+	@# The first import writes bytecode, without which every process would compile torch and Lightning anew.
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c "import sys, torch, lightning.pytorch.cli, matplotlib.pyplot, wandb; \
+	    print('Ready: Python', sys.version.split()[0], 'and torch', torch.__version__)"
 	@echo "$$TORCH" >$(READY)
 
 define FIND_TORCH

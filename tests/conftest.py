@@ -11,6 +11,8 @@ from pathlib import Path
 
 # One thread per stage: LayerNorm and convolutions give other bits with two. Read when torch is imported.
 os.environ["OMP_NUM_THREADS"] = "1"
+# torch's store asks for the name of whoever calls; a name server that answers late would hold up all ranks.
+os.environ["RES_OPTIONS"] = "attempts:0"
 
 import pytest
 import torch

