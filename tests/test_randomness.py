@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
+import torch
 
-from tests.helpers.fits import Seen, fit_in_pipeline, require_same_bits
+from tests.helpers.fits import Seen, fit_in_pipeline, in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
 
 
@@ -37,3 +39,21 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(p: int) -> No
     assert first[0].losses == second[0].losses
     require_same_bits(first[0].weights, second[0].weights)
     assert first[0].losses != other[0].losses
+
+
+def draw_in_predict_step(**options: Any) -> list[list[float]]:
+    predictions = quiet_trainer(**options).predict(Samples(), noise_loader(samples=9)) or []
+    # They are on rank 0.
+    return [each.tolist() for each in predictions if each is not None]
+
+
+class Samples(Chain):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(torch.randn_like(batch[0]))[0]
+
+
+def test_every_batch_of_an_evaluation_has_random_numbers_of_its_own() -> None:
+    """With one stage, all batches had the same."""
+    alone, three = (in_pipeline(p, draw_in_predict_step)[0] for p in (1, 3))
+    assert len({tuple(each) for each in alone}) == len(alone) == 3
+    assert alone == three

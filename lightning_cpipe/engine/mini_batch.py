@@ -42,7 +42,8 @@ class MiniBatch:
 
 SAME_DATA = (
     "All stages of a pipeline must draw the same data in the same order: call `seed_everything` before the data is"
-    " split, shuffled or augmented, and do not let it depend on the rank."
+    " split, shuffled or augmented, and do not let it depend on the rank. Batches are drawn ahead, so a hook that"
+    " changes the data when an epoch begins comes too late for some: set `cross_epoch=False`."
 )
 
 

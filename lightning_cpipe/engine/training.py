@@ -179,6 +179,11 @@ class TrainingStream:
             self._run_next()
         self._forget(number)
 
+    def skip_to(self, number: int) -> None:
+        """The loop left out the mini-batches before `number`, which one stage alone has not forwarded yet."""
+        while not self.in_flight and self._first + self._next.batch < number:
+            self._next = next(self._actions)
+
     def skip(self, number: int) -> None:
         """Mini-batch `number` has no loss: forget it."""
         while self._next.kind in _OF_BACKWARD:

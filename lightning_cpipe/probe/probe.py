@@ -185,6 +185,7 @@ class _Cutter:
             self._templates,
             draws=self._recorded.draws,
             leaves_behind=any(on_last.has_more_than(each) for each in elsewhere),
+            returns_more=self._recorded.step.trains and bool(self._recorded.observed.output),
         )
 
     @contextmanager
@@ -229,7 +230,7 @@ class _Cutter:
         """A stage, given the recorded numbers, must make what the whole module made."""
         result = trial.result()
         if isinstance(result, Observed):
-            made, whole = ([each.loss, each.facts] for each in (result, self._recorded.observed))
+            made, whole = (each.facts for each in (result, self._recorded.observed))
             what = "the loss, a logged value or the output"
         else:
             values = [sent.value for sent in trial.passage.sends]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,11 +24,18 @@ class Observed:
 
     Attributes:
         loss: the loss, attached to the graph; None if the step does not train.
-        facts: everything else that must not depend on the cut: the output, and each value that was logged.
+        output: everything else that it returned.
+        logged: each value that was logged.
     """
 
     loss: Tensor | None
-    facts: Any
+    output: Any = None
+    logged: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> list[Any]:
+        """Everything that must not depend on the cut."""
+        return [self.loss, self.output, self.logged]
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Trial:
         with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
             result = self._replayed(received)
             written = list(_read_by_others(self._root, before).values())
-        facts = [result.loss, result.facts] if isinstance(result, Observed) else result
+        facts = result.facts if isinstance(result, Observed) else result
         return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten([facts, written])[0]]
 
     def _baseline(self) -> _Baseline:

@@ -73,6 +73,7 @@ class StepCut:
         draws: whether the step draws random numbers.
         leaves_behind: whether the last stage's part leaves something on the root module or in a metric (such as a
             list of outputs) that the other stages' parts do not.
+        returns_more: whether training's step returns more than the loss; the other stages know the loss alone.
     """
 
     passages: tuple[Passage, ...]
@@ -80,6 +81,7 @@ class StepCut:
     templates: TemplateTable
     draws: bool = True
     leaves_behind: bool = False
+    returns_more: bool = False
 
 
 @dataclass(frozen=True)

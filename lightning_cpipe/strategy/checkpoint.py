@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
@@ -40,6 +41,13 @@ class GroupOrder:
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        strangers = [each for group in optimizer.param_groups for each in group["params"] if id(each) not in names]
+        if strangers:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has {len(strangers)} parameters that are not the module's, the first of"
+                f" shape {tuple(strangers[0].shape)}: no stage would train them. Register them in the module, or leave"
+                " them out of the optimizer."
+            )
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
     @property

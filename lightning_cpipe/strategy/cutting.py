@@ -39,6 +39,9 @@ def agree_on_cut(
         # The others move what they keep, once they know it.
         module.to(device)
     steps = _steps(trainer, processes, device, seed)
+    if not steps:
+        # Nothing will run, and the module stays whole.
+        return Cut(starts=(), steps={})
     found: Cut | None = None
     error: CutError | None = None
     if processes.rank == 0:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
 
-from lightning_cpipe.strategy.lightning_private import set_sampler_epoch
+from lightning_cpipe.strategy.lightning_private import set_sampler_epoch, states_of_loaders
 
 
 class Batch(NamedTuple):
@@ -19,12 +19,14 @@ class Batch(NamedTuple):
         epoch: which it belongs to.
         batch_idx: its place in the epoch.
         is_last: whether it ends the epoch.
+        places: of those loaders that know theirs, after this batch.
     """
 
     content: Any
     epoch: int
     batch_idx: int
     is_last: bool
+    places: list[Any]
 
 
 class EpochReader:
@@ -38,7 +40,7 @@ class EpochReader:
         self._loader = loader
         self._iterator: Iterator[Any] = iter(())
         self._length: int | None = None
-        self._held: Any = _NOTHING
+        self._held: tuple[Any, list[Any]] | None = None
         self.epoch = -1
         """The epoch that is read from."""
         self.next_index = 0
@@ -58,7 +60,7 @@ class EpochReader:
         self.keep_sampler_epoch()
         self._iterator = iter(self._loader)
         self._length = sized_len(self._loader)
-        self._held = _NOTHING
+        self._held = None
         self.next_index = at
         self.is_at_end = self._length == 0
 
@@ -71,24 +73,24 @@ class EpochReader:
         """The next batch of the epoch; None if there is none left."""
         if self.is_at_end:
             return None
-        content = self._pull() if self._held is _NOTHING else self._held
+        content, places = self._pull() if self._held is None else self._held
         if self._length is None:
             # Where the length is unknown, one is held back to know which is the last.
-            self._held = self._pull() if content is not _NOTHING else _NOTHING
-            self.is_at_end = self._held is _NOTHING
+            self._held = self._pull() if content is not _NOTHING else None
+            self.is_at_end = self._held is None or self._held[0] is _NOTHING
         else:
             self.is_at_end = content is _NOTHING or self.next_index + 1 >= self._length
         if content is _NOTHING:
             return None
         self.next_index += 1
-        return Batch(content, self.epoch, self.next_index - 1, self.is_at_end)
+        return Batch(content, self.epoch, self.next_index - 1, self.is_at_end, places)
 
-    def _pull(self) -> Any:
+    def _pull(self) -> tuple[Any, list[Any]]:
         try:
             content, _, _ = next(self._iterator)
         except StopIteration:
-            return _NOTHING
-        return content
+            return _NOTHING, []
+        return content, states_of_loaders(self._loader)
 
 
 _NOTHING = object()

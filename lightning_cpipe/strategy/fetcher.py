@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cpipe.engine.mini_batch import fingerprint
@@ -82,17 +83,18 @@ class LookaheadFetcher(DataFetcher):
         return self
 
     @override
-    def __next__(self) -> tuple[Released, int, int]:
+    def __next__(self) -> tuple[Released | None, int, int]:
         with self._timeline.measure(DATA, self._queue[0].number if self._queue else self._count):
             self._top_up(self._room)
-        if not self._queue:
+        if not self._queue or self._queue[0].epoch > self._trainer.current_epoch:
+            # With something in the queue, the epoch had fewer batches than its loader's length.
             self._require_an_end()
             self.done = True
             raise StopIteration
         drawn = self.released = self._queue.popleft()
         self.fetched = drawn.index + 1
         self.done = drawn.is_last
-        return Released(drawn), drawn.index, 0
+        return None if drawn.batch is None else Released(drawn), drawn.index, 0
 
     @override
     def teardown(self) -> None:
@@ -119,7 +121,7 @@ class LookaheadFetcher(DataFetcher):
         place = (self._reader.epoch, self._reader.next_index) if next_one is None else (next_one.epoch, next_one.index)
         if place != here:
             # What was drawn for the set-up came before the checkpoint was loaded. The loader starts anew, as it does
-            # in Lightning; one that kept its place has been given its state by now.
+            # in Lightning, unless it knows its place.
             self._queue.clear()
             with self._stream():
                 self._reader.begin(*here)
@@ -162,6 +164,11 @@ class LookaheadFetcher(DataFetcher):
         return max_epochs is None or not 0 <= max_epochs <= following
 
     def _placed(self, batch: Batch) -> Drawn:
+        if batch.content is None and self._room > 1:
+            raise MisconfigurationException(
+                f"the training loader yielded None as batch {batch.batch_idx} of epoch {batch.epoch}: skipping a"
+                " mini-batch is not supported yet, since all stages run its step. Leave it out in the loader."
+            )
         drawn = Drawn(
             number=self._count,
             seed=derived_seed(self._seed, "mini-batch", self._first_number + self._count),
@@ -171,6 +178,7 @@ class LookaheadFetcher(DataFetcher):
             epoch=batch.epoch,
             index=batch.batch_idx,
             is_last=batch.is_last,
+            places=batch.places,
         )
         self._count += 1
         self._updates.count(drawn)

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -27,33 +28,59 @@ def arrange_hooks(
     """Let each hook run where it belongs.
 
     - Only the last stage logs. What it logged, `Sharing` lets the others know.
-    - The hooks at the end of an evaluation's batch run on the last stage only, the module's and all callbacks'; and so
-      does the hook at the end of its epoch, of whoever has one for the batch, too.
-    - The module's hook at the end of an epoch runs on every stage, unless the step leaves something behind on the last
-      stage alone, such as a list of outputs: then it runs there only.
+    - Hooks that need what only the last stage has run there only, see `_of_last_stage`.
+    - All others run on every stage.
 
     Returns:
         Functions that undo it.
     """
     undo = _keep_metrics_apart(trainer, module)
-    if not sharing.leads:
+    here_alone = _of_last_stage(trainer, module, cut)
+    if sharing.leads:
+        undo += [instead_of(owner, hook, _unheard(getattr(owner, hook), sharing)) for owner, hook in here_alone]
+        if of_module := [hook for owner, hook in here_alone if owner is module]:
+            rank_zero_info(
+                f"{type(module).__name__}: {', '.join(of_module)} run on the last stage only (rank 0), where what they"
+                " need is; what they change on the module, the other stages do not see."
+            )
+    else:
         undo.append(instead_of(module, "log", _nothing))
-        for owner in (module, *callbacks_of(trainer)):
-            for step, names in STEPS.items():
-                # An evaluation's step has its output on the last stage only; training's is the same on all.
-                if step != "training_step" and is_overridden(names.batch_end, owner):
-                    undo += [instead_of(owner, names.batch_end, _nothing), instead_of(owner, names.epoch_end, _nothing)]
-        undo += [
-            instead_of(module, STEPS[step].epoch_end, _nothing)
-            for step, found in cut.steps.items()
-            if found.leaves_behind
-        ]
+        undo += [instead_of(owner, hook, _nothing) for owner, hook in here_alone]
     if "training_step" in cut.steps:
         undo += [_share_before_epoch_end(trainer, sharing), _share_after_epoch_end(module, sharing)]
         undo += [_refuse_to_skip(module)] if is_overridden("on_train_batch_start", module) else []
     # Lightning's summary and TensorBoard would run it through the whole module, which no rank has.
     undo.append(instead_of(module, "_example_input_array", None))
     return undo
+
+
+def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) -> list[tuple[Any, str]]:
+    """The hooks that need what only the last stage has, with their owners.
+
+    - Those at the end of an evaluation's batch, the module's and all callbacks', which get the step's output; and the
+      one at the end of its epoch, of whoever has one for the batch, too.
+    - The module's at the end of a batch of training, if its step returns more than the loss. Callbacks' run everywhere.
+    - The module's at the end of an epoch, if the step leaves something behind on the last stage alone, such as a list
+      of outputs.
+    """
+    found: dict[tuple[int, str], Any] = {}
+    for owner in (module, *callbacks_of(trainer)):
+        for step, names in STEPS.items():
+            if step != "training_step" and is_overridden(names.batch_end, owner):
+                found |= {(id(owner), hook): owner for hook in (names.batch_end, names.epoch_end)}
+    for step, of_step in cut.steps.items():
+        names = STEPS[step]
+        found |= {(id(module), names.batch_end): module} if of_step.returns_more else {}
+        found |= {(id(module), names.epoch_end): module} if of_step.leaves_behind else {}
+    return [(owner, hook) for (_, hook), owner in found.items() if is_overridden(hook, owner)]
+
+
+def _unheard(users_hook: Callable[..., Any], sharing: Sharing) -> Callable[..., Any]:
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        with sharing.unheard():
+            return users_hook(*args, **kwargs)
+
+    return hook
 
 
 class _ShareFirst(pl.Callback):

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn as seed_workers
 from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device as default_backend_for,
@@ -31,7 +32,9 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -58,11 +61,13 @@ __all__ = [
     "optimizers_to_device",
     "prepare_batch",
     "reloads_loaders_at",
+    "seed_workers",
     "set_num_threads_if_needed",
     "set_received_sigterm",
     "set_sampler_epoch",
     "start_children",
-    "take_over_sigterm",
+    "states_of_loaders",
+    "take_over_signals",
     "training_arguments",
     "updates_after_this_batch",
 ]
@@ -95,6 +100,10 @@ class FitLoop(_FitLoop):
     @_data_fetcher.setter
     def _data_fetcher(self, fetcher: DataFetcher | None) -> None:
         self.fetcher = None if fetcher is None else self.make_fetcher()
+
+    def give_loaders_their_places(self) -> None:
+        """Tell the loaders where they were when the checkpoint was saved; they were made before it was loaded."""
+        self._load_combined_loader_states()
 
     def forget_loaders_of_another_epoch(self) -> None:
         """Let the loaders be made anew if they are to be now and then, and were made before the epoch was known.
@@ -187,6 +196,12 @@ def has_transfer_hooks(trainer: pl.Trainer) -> bool:
     return any(is_overridden(hook, owner) for hook in hooks for owner in owners if owner is not None)
 
 
+def states_of_loaders(loader: CombinedLoader) -> list[Any]:
+    """The places of those loaders that know theirs."""
+    states: list[Any] = loader._state_dicts()
+    return states
+
+
 def updates_after_this_batch(trainer: pl.Trainer) -> bool:
     """Whether the optimizer steps with the batch at hand."""
     return not trainer.fit_loop._should_accumulate()
@@ -205,11 +220,11 @@ def learn_metrics(trainer: pl.Trainer, callback: Mapping[str, Tensor], logged: M
     known_logged.update(logged)
 
 
-def take_over_sigterm(trainer: pl.Trainer, received: Callable[[], None]) -> None:
+def take_over_signals(trainer: pl.Trainer, received: Callable[[], None]) -> None:
     """Call `received` on SIGTERM, and hand the signal on to the processes that this one launched.
 
     Lightning's own handler broadcasts to all ranks from inside the signal handler, and hangs where a rank waits for a
-    message.
+    message. So does its handler of SLURM's requeue signal, which saves a checkpoint wherever each rank happens to be.
     """
 
     def notify(signum: int, frame: Any) -> None:
@@ -218,7 +233,15 @@ def take_over_sigterm(trainer: pl.Trainer, received: Callable[[], None]) -> None
             launcher.kill(signum)
         received()
 
-    trainer._signal_connector._sigterm_notifier_fn = notify  # type: ignore[method-assign, assignment]
+    def do_not_requeue(signum: int, frame: Any) -> None:
+        rank_zero_warn(
+            f"signal {signum} of SLURM is ignored: requeueing is not supported in a pipeline yet. Save checkpoints with"
+            " `ModelCheckpoint(every_n_train_steps=...)`, and resume with `ckpt_path`."
+        )
+
+    connector = trainer._signal_connector
+    connector._sigterm_notifier_fn = notify  # type: ignore[method-assign, assignment]
+    connector._slurm_sigusr_handler_fn = do_not_requeue  # type: ignore[method-assign, assignment]
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

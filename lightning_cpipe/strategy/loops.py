@@ -46,8 +46,12 @@ class Pipeline(Protocol):
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""
 
-    def after_step(self, output: dict[str, Any]) -> None:
-        """A local step's optimization is done: learn what the last stage logged, and the true loss."""
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
+        """A local step's optimization is done: learn what the last stage logged, and the true loss.
+
+        Returns:
+            What the hooks get as the step's output.
+        """
 
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
@@ -86,9 +90,7 @@ class PipelineOptimization(AutomaticOptimization):
 
     @override
     def run(self, optimizer: Optimizer, batch_idx: int, kwargs: OrderedDict[str, Any]) -> dict[str, Any]:
-        output: dict[str, Any] = super().run(optimizer, batch_idx, kwargs)
-        self.pipeline.after_step(output)
-        return output
+        return self.pipeline.after_step(super().run(optimizer, batch_idx, kwargs))
 
 
 class PipelineEpochLoop(TrainingEpochLoop):
@@ -110,6 +112,9 @@ class PipelineEpochLoop(TrainingEpochLoop):
     def on_run_start(self, data_fetcher: DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         assert isinstance(data_fetcher, LookaheadFetcher)
+        loop = self.trainer.fit_loop
+        assert isinstance(loop, PipelineFitLoop)
+        loop.give_loaders_their_places()
         data_fetcher.begin_epoch(self.batch_progress.current.ready)
 
     @override
@@ -133,6 +138,14 @@ class PipelineFitLoop(FitLoop):
         self.forget_loaders_of_another_epoch()
         with _not_transferred_twice(self.trainer):
             super().run()
+
+    @override
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().on_save_checkpoint()
+        if "combined_loader" in state and isinstance(self.fetcher, LookaheadFetcher) and self.fetcher.released:
+            # The loaders are ahead.
+            state["combined_loader"] = self.fetcher.released.places
+        return state
 
     @override
     def on_run_start(self) -> None:
@@ -174,12 +187,11 @@ class _ForwardOnly:
         self._is_set_up = True
 
     def run(self) -> Any:
-        with self.pipeline.evaluating():
-            return super().run()  # type: ignore[misc]
-
-    def reset(self) -> None:
-        self._is_set_up = False
-        super().reset()  # type: ignore[misc]
+        try:
+            with self.pipeline.evaluating():
+                return super().run()  # type: ignore[misc]
+        finally:
+            self._is_set_up = False
 
 
 class PipelineEvaluationLoop(_ForwardOnly, EvaluationLoop):

@@ -119,8 +119,9 @@ def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], see
                 module.eval()
             # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
             returned = getattr(module, name)(*copy.deepcopy(arguments))
-        facts = [_without_loss(returned) if trains else returned, logged]
-        return Observed(_loss_of(returned) if trains else None, facts)
+        if not trains:
+            return Observed(None, returned, logged)
+        return Observed(_loss_of(returned), _without_loss(returned), logged)
 
     return Step(name, call, trains, derived_seed(seed, name), kind)
 

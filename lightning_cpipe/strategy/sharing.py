@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -48,6 +50,16 @@ class Word(NamedTuple):
     more: bool
 
 
+class LossAlone(dict[str, Any]):
+    """A step's output as hooks see it on other stages than the last."""
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(
+            f"outputs[{key!r}] of `training_step` is on the last stage only, which is rank 0; the other stages know the"
+            " loss. Look at it `if trainer.is_global_zero`."
+        )
+
+
 class Sharing(ABC):
     """One rank's share of the talk.
 
@@ -64,10 +76,37 @@ class Sharing(ABC):
         self._decisions = decisions
         self.hand_raised: Callable[[], bool] = lambda: False
         """Whether this rank, or one before it, has received a SIGTERM."""
+        self._heard = True
+
+    @contextmanager
+    def unheard(self) -> Iterator[None]:
+        """A hook runs inside that no other rank runs."""
+        self._heard = False
+        try:
+            yield
+        finally:
+            self._heard = True
+
+    def require_heard(self) -> None:
+        """All ranks are about to agree on something.
+
+        Raises:
+            MisconfigurationException: in a hook that no other rank runs.
+        """
+        if not self._heard:
+            raise MisconfigurationException(
+                "A hook that uses the outputs of a step runs on rank 0 alone, which has them. It can't broadcast, wait"
+                " for the other ranks or save a checkpoint, since they would not take part. Do that in another hook,"
+                " such as `on_validation_end`."
+            )
 
     @abstractmethod
-    def after_step(self, output: dict[str, Any]) -> None:
-        """The optimization of a local step is done; on other stages than the last, `output` gets the true loss."""
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The optimization of a local step is done.
+
+        Returns:
+            What hooks get as the step's output; on other stages than the last, with the true loss.
+        """
 
     @abstractmethod
     def after_step_hooks(self) -> None:
@@ -106,9 +145,10 @@ class Speaker(Sharing):
         """Of the step at hand; None between steps."""
 
     @override
-    def after_step(self, output: dict[str, Any]) -> None:
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
         self._loss = output.get("loss")
         self._next_word = STEP
+        return output
 
     @override
     def after_step_hooks(self) -> None:
@@ -173,10 +213,11 @@ class Listener(Sharing):
         """Of the step at hand; None between steps."""
 
     @override
-    def after_step(self, output: dict[str, Any]) -> None:
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
         self._word = self._listen(STEP)
         if self._word.loss is not None:
             output["loss"] = _tensor(self._word.loss)
+        return LossAlone(output)
 
     @override
     def after_step_hooks(self) -> None:
@@ -220,8 +261,8 @@ class Alone(Sharing):
     leads = True
 
     @override
-    def after_step(self, output: dict[str, Any]) -> None:
-        pass
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
+        return output
 
     @override
     def after_step_hooks(self) -> None:

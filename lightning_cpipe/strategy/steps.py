@@ -87,13 +87,14 @@ class Steps:
         if isinstance(batch, Released):
             return self._prepared(batch.drawn)
         prepared = as_usual(batch)
-        if self._several:
-            self._mark = (self._mark[0] + 1, fingerprint(batch))
+        self._mark = (self._mark[0] + 1, fingerprint(batch) if self._several else 0)
         return prepared
 
     def train(self) -> Any:
         """The forwards of this local step; returns what `training_step` returned for the loop's own mini-batch."""
         drawn = self._at
+        if not self._several:
+            self._run.training.skip_to(drawn.number)
         work = self._run.training.forward_until(drawn.number)
         if not self._run.module.is_last:
             # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
@@ -149,14 +150,15 @@ class Steps:
     def _run_training_step(self, mini_batch: MiniBatch) -> Any:
         """Call the user's step on a mini-batch that may be ahead of the loop."""
         assert isinstance(mini_batch, Drawn)
-        batch = self._prepared(mini_batch)
-        arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
-        self.running = True
-        try:
-            with at_its_own_time(self._trainer, mini_batch), self._precision.train_step_context():
-                return self._lightning_module.training_step(*arguments)
-        finally:
-            self.running = False
+        with at_its_own_time(self._trainer, mini_batch):
+            batch = self._prepared(mini_batch)
+            arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
+            self.running = True
+            try:
+                with self._precision.train_step_context():
+                    return self._lightning_module.training_step(*arguments)
+            finally:
+                self.running = False
 
     def _prepared(self, drawn: Drawn) -> Any:
         """The mini-batch as the step gets it; prepared once."""

@@ -42,7 +42,9 @@ from lightning_cpipe.strategy.lightning_private import (
     callbacks_of,
     instead_of,
     optimizers_to_device,
-    take_over_sigterm,
+    seed_workers,
+    set_received_sigterm,
+    take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.options import Options, StartMethod
@@ -276,7 +278,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         install_loops(model.trainer, self)
-        take_over_sigterm(model.trainer, self._raise_hand)
+        self._hand_raised = False
+        take_over_signals(model.trainer, self._raise_hand)
 
     @override
     def setup_environment(self) -> None:
@@ -309,7 +312,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             self.setup_optimizers(trainer)
         whole: Whole | None = None
-        if self.num_stages > 1:
+        if cut.num_stages > 1:
             # An evaluation has none; those of a fit before may still be here.
             whole = Whole(module, self.optimizers if fitting else [], cut, self.stage, self.processes.control)
             whole.take_apart()
@@ -353,6 +356,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def _raise_hand(self) -> None:
         """This process received a SIGTERM: tell the last stage, which decides for all when to stop."""
         self._hand_raised = True
+        if self.num_stages == 1 or not self._streaming:
+            # There is nobody to agree with, or nothing that must be brought to rest.
+            set_received_sigterm(self._module.trainer, True)
 
     def make_fetcher(self) -> LookaheadFetcher:
         """A fetcher for this stage."""
@@ -380,9 +386,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.stage_run.settle()
         self._streaming = False
 
-    def after_step(self, output: dict[str, Any]) -> None:
+    def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
         """A local step's optimization is done: learn what the last stage logged, and the true loss."""
-        self.at_hand.sharing.after_step(output)
+        return self.at_hand.sharing.after_step(output)
 
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
@@ -408,12 +414,20 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
         self.at_hand.sharing.metrics("evaluation")
 
-    # ---- steps ----
+    # ---- data ----
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        # Lightning would seed the workers by the rank next, unless they are seeded already.
+        seed_workers(dataloader, rank=0)
+        return super().process_dataloader(dataloader)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         as_usual = super().batch_to_device
         return self.at_hand.steps.prepare(batch, lambda batch: as_usual(batch, device, dataloader_idx))
+
+    # ---- steps ----
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -453,6 +467,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks; nothing while training streams, where each rank is in its own time."""
+        self._require_heard()
         if not self._streaming and self._processes is not None:
             self._processes.control.barrier()
 
@@ -461,11 +476,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """What rank 0 has, on every rank. While training streams, rank 0 does not wait for the others."""
         if src != 0:
             raise ValueError(f"broadcast(src={src}): in a pipeline, only rank 0 is ahead of all others.")
+        self._require_heard()
         if self._streaming:
             if self.at_hand.steps.running and self.num_stages > 1:
                 refuse_broadcast()
             return self.at_hand.sharing.agree("broadcast", obj)
         return obj if self._processes is None else self._processes.control.share(obj)
+
+    def _require_heard(self) -> None:
+        if self._at_hand is not None:
+            self._at_hand.sharing.require_heard()
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -499,6 +519,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self._interrupted:
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
+        self._require_heard()
         self.at_hand.sharing.before_collective()
         super().save_checkpoint(whole.checkpoint(checkpoint), filepath, storage_options)
 

@@ -118,7 +118,7 @@ class Whole:
         for parameter in self.module.parameters():
             parameter.grad = None
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
-        return Result(made.loss.detach(), made.facts, gradients, buffers)
+        return Result(made.loss.detach(), made.output, gradients, buffers)
 
 
 class Stages:
@@ -165,12 +165,12 @@ class Stages:
                     gradients[name], parameter.grad = parameter.grad, None
             homes = self.cut.buffer_homes
             buffers |= {n: b.clone() for n, b in self.modules[number].named_buffers() if homes[n] == number}
-        return Result(returned.loss.detach(), returned.facts, gradients, buffers)
+        return Result(returned.loss.detach(), returned.output, gradients, buffers)
 
     def evaluate(self, name: str, run: Run, batch: Any, seed: int = SEED) -> Any:
         """A step that does not train: what it returned."""
         with torch.no_grad():
-            return self.forward(name, run, batch, seed)[2].facts
+            return self.forward(name, run, batch, seed)[2].output
 
     def forward(self, name: str, run: Run, batch: Any, seed: int) -> tuple[list[list[Tensor]], list[list[Tensor]], Any]:
         """The forwards alone: what each stage received and sent, and what the last one returned."""

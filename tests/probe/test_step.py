@@ -33,7 +33,7 @@ def test_a_graph_is_made_only_to_train(name: str, trains: bool) -> None:
 
     def call() -> Observed:
         seen.append(torch.is_grad_enabled())
-        return Observed(None, None)
+        return Observed(None)
 
     Step(name, call, trains, 0, ()).run()
     assert seen == [trains]

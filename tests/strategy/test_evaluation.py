@@ -177,3 +177,25 @@ def test_a_prediction_writer_gets_the_predictions_on_rank_0() -> None:
         assert len(ours) == 3
         require_equal(ours, lightnings)
     assert second[1] == []
+
+
+def nothing_to_run(**options: Any) -> list[Any]:
+    module = Chain()
+    trainer = quiet_trainer(limit_val_batches=0, limit_predict_batches=0, **options)
+    found: list[Any] = [
+        trainer.validate(module, noise_loader(), verbose=False),
+        trainer.predict(module, noise_loader()),
+    ]
+    found.append(trainer.test(module, noise_loader(samples=0), verbose=False))
+    # Another loader than the one that was looked at just now.
+    found += [list(each) for each in trainer.test(module, noise_loader(), verbose=False)]
+    return found
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_there_may_be_nothing_to_evaluate(p: int) -> None:
+    """There was no step to cut the module for; and the next evaluation took over the empty loader."""
+    plain = alone(nothing_to_run)
+    assert plain[-1] == ["test_loss"]
+    for found in in_pipeline(p, nothing_to_run):
+        assert found == plain

@@ -48,6 +48,7 @@ def drawn_by(made: LookaheadFetcher, state: Any) -> list[Drawn]:
             return found
         found.append(drawn)
         state.global_step += drawn.is_last or (drawn.index + 1) % state.accumulate_grad_batches == 0
+        state.current_epoch += drawn.is_last
 
 
 def test_it_walks_through_the_epochs_and_no_further() -> None:

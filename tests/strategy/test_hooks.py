@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.fits import alone, fit_in_pipeline, in_pipeline, quiet_trainer
+from tests.helpers.causes import cause
+from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 
 OF_CALLBACKS = [
@@ -144,3 +145,69 @@ def test_what_a_step_collects_is_there_at_the_end_of_the_epoch(p: int) -> None:
     seen = fit_in_pipeline(p, CollectsItsLosses, noise_loader, max_epochs=1)
     assert seen[0].metrics["mean_loss"] == seen[-1].metrics["mean_loss"]
     assert seen[0].metrics["mean_loss"] == pytest.approx(sum(seen[0].losses) / len(seen[0].losses), rel=1e-5)
+
+
+class ReturnsMore(Chain):
+    """Its hook uses more than the loss of what the step returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        prediction = self(batch[0])
+        return {"loss": torch.nn.functional.mse_loss(prediction, batch[1]), "prediction": prediction.detach()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.means.append(float(outputs["prediction"].mean()))
+
+
+def test_a_hook_that_uses_all_that_a_step_returned_runs_where_that_is() -> None:
+    """On the other stages there was a KeyError."""
+    looks = {"look": lambda _, module: module.means, "max_epochs": 1, "accumulate_grad_batches": 100}
+    plain = fit_alone(ReturnsMore, noise_loader, **looks)
+    last, *others = fit_in_pipeline(3, ReturnsMore, noise_loader, **looks)
+    assert last.found == plain.found
+    assert len(last.found) == 8
+    assert [each.found for each in others] == [[], []]
+    assert [each.losses for each in others] == [last.losses] * 2
+
+
+class UsesMore(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        outputs["prediction"].mean()
+
+
+def test_a_callback_is_told_where_the_rest_of_the_output_is() -> None:
+    said = cause(2, ReturnsMore(), where="at mini-batch 0", callbacks=[UsesMore()])
+    assert "outputs['prediction'] of `training_step` is on the last stage only" in said
+
+
+class AgreesAlone(CollectsOutputs):
+    """Asks all ranks, in a hook that runs on one."""
+
+    def __init__(self, in_sanity_check: bool, ask: Callable[[pl.Trainer], Any]) -> None:
+        super().__init__()
+        self.in_sanity_check = in_sanity_check
+        self.ask = ask
+
+    def on_validation_epoch_end(self) -> None:
+        if self.trainer.sanity_checking == self.in_sanity_check:
+            self.ask(self.trainer)
+
+
+@pytest.mark.parametrize("in_sanity_check", [True, False])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda trainer: trainer.strategy.broadcast(1),
+        lambda trainer: trainer.strategy.barrier(),
+        lambda trainer: trainer.save_checkpoint("never.ckpt"),
+    ],
+    ids=["broadcast", "barrier", "checkpoint"],
+)
+def test_what_one_rank_alone_asks_all_is_refused(ask: Any, in_sanity_check: bool) -> None:
+    """The answer was taken for one to the next question, or all waited for ever."""
+    module = AgreesAlone(in_sanity_check, ask)
+    said = cause(2, module, val=noise_loader(), where="at mini-batch")
+    assert "runs on rank 0 alone, which has them" in said

@@ -36,7 +36,7 @@ from lightning_cpipe.strategy.lightning_private import (
     learn_metrics,
     prepare_batch,
     set_received_sigterm,
-    take_over_sigterm,
+    take_over_signals,
     training_arguments,
     updates_after_this_batch,
 )
@@ -50,6 +50,7 @@ THE_FILE = PACKAGE / "strategy" / "lightning_private.py"
 # Where it is, and the parameters it is called with; None for what is not called, such as a class or an attribute.
 # `trainer` is a Trainer that is attached to `module`.
 PRIVATE: dict[str, tuple[str, ...] | None] = {
+    "lightning.fabric.utilities.data._auto_add_worker_init_fn": ("dataloader", "rank"),
     "lightning.fabric.utilities.data._set_sampler_epoch": ("dataloader", "epoch"),
     "lightning.fabric.utilities.distributed._get_default_process_group_backend_for_device": ("device",),
     "lightning.fabric.utilities.distributed._init_dist_connection": (
@@ -99,10 +100,13 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer._logger_connector._logged_metrics": None,
     "trainer._signal_connector": None,
     "trainer._signal_connector._sigterm_notifier_fn": ("signum", "_"),
+    "trainer._signal_connector._slurm_sigusr_handler_fn": ("signum", "_"),
     "trainer._signal_connector.received_sigterm": None,
+    "lightning.pytorch.utilities.CombinedLoader([])._state_dicts": (),
     "trainer.fit_loop._combined_loader": None,
     "trainer.fit_loop._data_fetcher": None,
     "trainer.fit_loop._last_train_dl_reload_epoch": None,
+    "trainer.fit_loop._load_combined_loader_states": (),
     "trainer.fit_loop._should_accumulate": (),
     "trainer.fit_loop.epoch_loop._build_kwargs": ("kwargs", "batch", "batch_idx"),
     "trainer.predict_loop._build_kwargs": ("batch", "batch_idx", "dataloader_idx"),
@@ -431,7 +435,7 @@ def test_a_sigterm_is_ours_and_goes_to_the_children() -> None:
             seen.append(signum)
 
     trainer.strategy._launcher = Launcher()
-    take_over_sigterm(trainer, lambda: seen.append("received"))
+    take_over_signals(trainer, lambda: seen.append("received"))
     connector = trainer._signal_connector
     connector.register_signal_handlers()
     try:

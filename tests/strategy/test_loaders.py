@@ -17,8 +17,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_cpipe import ContinuousPipeStrategy
+from tests.helpers.causes import cause
 from tests.helpers.fits import (
     Seen,
     Watcher,
@@ -30,6 +32,7 @@ from tests.helpers.fits import (
     require_plain_results,
 )
 from tests.helpers.modules import WIDTH, Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 SAMPLES = 11
 
@@ -224,3 +227,120 @@ def test_after_a_resume_loaders_are_made_anew_when_plain_lightning_makes_them(
     assert plain[-3 * len(made_in) :: 3] == made_in
     for of_rank in in_pipeline(3, epochs):
         assert of_rank == plain
+
+
+class Augmented(Dataset[Any]):
+    """Changes each sample at random, in whatever process it is made."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(WIDTH) + index, torch.full((WIDTH,), float(np.random.rand() + random.random()))
+
+
+def augmented() -> Any:
+    multiprocessing.current_process().daemon = False
+    return DataLoader(Augmented(), 3, num_workers=1)
+
+
+def test_seeded_workers_draw_the_same_on_every_rank() -> None:
+    """`seed_everything(workers=True)` made Lightning seed them by the rank, so that the first batches differed."""
+
+    def scenario(**options: Any) -> list[Any]:
+        pl.seed_everything(7, workers=True, verbose=False)
+        watcher = Watcher()
+        quiet_trainer(callbacks=[watcher], max_epochs=2, **options).fit(Chain(), augmented(), augmented())
+        return [float(batch[0].sum()) for batch in watcher.seen.batches]
+
+    first, second = in_pipeline(2, scenario)
+    assert first == second
+    assert len(first) == 8
+
+
+class Short(Stream):
+    """Says that there are more than there are."""
+
+    def __len__(self) -> int:
+        return SAMPLES + 6
+
+
+@pytest.mark.parametrize("p", [1, 3])
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
+def test_a_loader_may_yield_less_than_its_length(p: int) -> None:
+    """The first stages walked on, and the loop trained batches of the next epoch in this one."""
+    loader = partial(DataLoader, Short(), 3)
+
+    def look(trainer: pl.Trainer, _: pl.LightningModule) -> tuple[int, int]:
+        return trainer.global_step, trainer.current_epoch
+
+    options = {"module": partial(Chain, optimizer="plain_sgd"), "train": loader, "max_epochs": 3, "look": look}
+    plain = fit_alone(**options)
+    assert plain.found == (12, 3)
+    for of_rank in fit_in_pipeline(p, **options):
+        assert of_rank.found == plain.found
+        assert len(of_rank.losses) == len(plain.losses)
+
+
+class KnowsItsPlace:
+    """A stateful loader: iterating goes on where it was."""
+
+    def __init__(self) -> None:
+        self.batches = list(noise_loader(samples=30))
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < len(self.batches):
+            self.place += 1
+            yield self.batches[self.place - 1]
+        self.place = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.place = state["place"]
+
+
+def saved_in_mid_stream(path: Path, _: int) -> list[list[float]]:
+    """The batches of a run that saves in mid-epoch, and of the one that goes on from there."""
+    found = []
+    for file in (None, path / "step=4.ckpt"):
+        watcher = Watcher()
+        callbacks = [watcher, ModelCheckpoint(path, "{step}", every_n_train_steps=4, save_top_k=-1)]
+        options = {"strategy": ContinuousPipeStrategy(), "devices": 2, "max_epochs": 1, "callbacks": callbacks}
+        quiet_trainer(enable_checkpointing=True, **options).fit(Chain(), KnowsItsPlace(), ckpt_path=file)
+        found.append([float(batch[0].sum()) for batch in watcher.seen.batches])
+    return found
+
+
+def test_a_stateful_loader_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Its place was saved two batches ahead, and not given back to it."""
+    every = [float(batch[0].sum()) for batch in noise_loader(samples=30)]
+    for of_rank in run_ranks(partial(saved_in_mid_stream, tmp_path), 2):
+        assert of_rank == [every, every[4:]]
+
+
+class YieldsNone:
+    """Leaves out a batch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(noise_loader()):
+            yield None if number == 4 else batch
+
+    def __len__(self) -> int:
+        return len(noise_loader())
+
+
+def test_one_stage_leaves_out_what_plain_lightning_leaves_out() -> None:
+    """The step of a batch that is None was asked for, and the next one was out of order."""
+    ours, plain = fit_in_pipeline(1, Chain, YieldsNone, max_epochs=2)[0], fit_alone(Chain, YieldsNone, max_epochs=2)
+    assert ours.losses == plain.losses
+    assert len(plain.losses) == 14
+
+
+def test_stages_refuse_a_loader_that_yields_none() -> None:
+    assert "the training loader yielded None as batch 4 of epoch 0" in cause(2, Chain(), YieldsNone(), where="at mini")

@@ -53,3 +53,19 @@ def test_one_stage_trains_what_plain_lightning_trains(module: Any) -> None:
     assert ours.losses == plain.losses
     assert ours.metrics == plain.metrics
     require_same_bits(ours.weights, plain.weights)
+
+
+class EndsItsEpochs(Chain):
+    """Ends each epoch after five batches."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 5 else None
+
+
+def test_one_stage_may_end_its_epochs() -> None:
+    """The mini-batch that was left out was missing in the plan."""
+    ours = fit_in_pipeline(1, EndsItsEpochs, noise_loader, max_epochs=3)[0]
+    plain = fit_alone(EndsItsEpochs, noise_loader, max_epochs=3)
+    assert len(plain.losses) == 15
+    assert ours.losses == plain.losses
+    require_same_bits(ours.weights, plain.weights)

@@ -67,3 +67,25 @@ def test_steps_and_hooks_read_the_time_that_plain_lightning_would_read(accumulat
     assert len(plain[0]) == 15
     for of_rank in fit_in_pipeline(3, **options):
         assert of_rank.found == plain
+
+
+class TransferClock(Clock):
+    """Notes at what time each mini-batch is transferred."""
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        if hasattr(self, "times") and self.trainer.training:
+            self.transfers.append((float(batch[0].sum()), self.current_epoch, self.global_step))
+        return batch
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.transfers: list[tuple[float, int, int]] = []
+
+
+def test_a_batch_is_transferred_at_its_own_time() -> None:
+    """An augmentation that grows with `global_step` gave the first stage inputs that did not fit the last's labels."""
+    options = {"module": TransferClock, "train": noise_loader, "look": lambda _, module: module.transfers}
+    plain = fit_alone(**options, max_epochs=2).found
+    assert len(plain) == 16
+    for of_rank in fit_in_pipeline(3, **options, max_epochs=2):
+        assert of_rank.found == plain

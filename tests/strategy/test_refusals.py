@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing.process
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -16,12 +14,13 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.optim import SGD
 
 from lightning_cpipe import ContinuousPipeStrategy
-from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.refusals import LATER, reasons_in_optimizers, reasons_in_options
+from tests.helpers.causes import cause
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 
@@ -234,27 +233,6 @@ class Differing(pl.LightningDataModule):
         return noise_loader(seed=int(os.environ["LOCAL_RANK"]))
 
 
-def cause(
-    devices: int,
-    module: pl.LightningModule,
-    data: Any = None,
-    *,
-    epochs: int = 1,
-    where: str = "during set-up",
-    **strategy: Any,
-) -> str:
-    """The one sentence that a fit on forked ranks ends with."""
-    # torch tells at length how it ends the other ranks.
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    chosen = ContinuousPipeStrategy(start_method="fork", **strategy)
-    trainer = quiet_trainer(strategy=chosen, devices=devices, max_epochs=epochs)
-    # Lightning leaves the port there.
-    with mock.patch.dict(os.environ), pytest.raises(RankLostError) as caught:
-        trainer.fit(module, data or noise_loader())
-    assert f"failed: {where}" in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("devices", "module", "strategy", "parts"),
     [
@@ -331,3 +309,15 @@ def test_all_reasons_in_optimizers_are_listed() -> None:
     require_said(several, ["2 optimizers", "use one with several parameter groups"], later=False)
     require_said(second_order, ["LBFGS", "Use a first-order optimizer"], later=False)
     assert not list(reasons_in_optimizers(optimizers[1:]))
+
+
+class TrainsAStranger(Chain):
+    """Its optimizer has a parameter that hangs on nothing."""
+
+    def configure_optimizers(self) -> Any:
+        return SGD([*self.parameters(), nn.Parameter(torch.zeros(3))], 0.1)
+
+
+def test_a_parameter_that_is_not_the_modules_is_refused() -> None:
+    """It ended in a KeyError of a number."""
+    assert "SGD has 1 parameters that are not the module's, the first of shape (3,)" in cause(2, TrainsAStranger())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -11,7 +13,9 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from torch import Tensor
 
+from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD
+from tests.helpers.causes import cause
 from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 
@@ -135,3 +139,44 @@ def test_rank_0_decides_for_all() -> None:
     for of_rank in fit_in_pipeline(3, Chain, noise_loader, noise_loader, **options):
         assert len(of_rank.found) == 3 * (16 + 5 + 2 + 1)
         assert of_rank.found == [True, False, ("rank", 0)] * (len(of_rank.found) // 3)
+
+
+def terminating(entry: str) -> pl.Callback:
+    """Sends rank 0 a SIGTERM, early on."""
+
+    def terminate(trainer: pl.Trainer, _: Any, __: Any, batch_idx: int, *___: Any) -> None:
+        if batch_idx == 2 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks = {"fit": "on_train_batch_start", "validate": "on_validation_batch_start"}
+    return LambdaCallback(**{hooks[entry]: terminate})
+
+
+def terminated(entry: str, **options: Any) -> str:
+    """How a run ends in which rank 0 is told to terminate."""
+    trainer = quiet_trainer(callbacks=[terminating(entry)], max_epochs=50, **options)
+    try:
+        getattr(trainer, entry)(Chain(), noise_loader(samples=90))
+    except SystemExit as error:
+        return type(error).__name__
+    return f"went on to step {trainer.global_step}"
+
+
+@pytest.mark.parametrize("entry", ["fit", "validate"])
+def test_one_stage_ends_at_a_sigterm(entry: str) -> None:
+    """The signal was noted, and nobody looked."""
+    assert in_pipeline(1, partial(terminated, entry)) == ["SIGTERMException"]
+
+
+def test_an_evaluation_ends_at_a_sigterm() -> None:
+    assert "SIGTERMException" in cause(2, Chain(), entry="validate", where="", callbacks=[terminating("validate")])
+
+
+def test_a_requeue_signal_of_slurm_is_ignored_with_a_warning() -> None:
+    """Lightning's handler saves a checkpoint wherever each rank happens to be, and all would wait for ever."""
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(), devices=1)
+    module = Chain()
+    module.trainer = trainer
+    trainer.strategy.connect(module)
+    with pytest.warns(UserWarning, match="requeueing is not supported"):
+        trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
