@@ -11,6 +11,7 @@ from lightning_cpipe.engine.timeline import (
     EVALUATION,
     FORWARD,
     IDLE,
+    LEFT_OUT,
     UPDATE,
     WAIT_ACTIVATION,
     WAIT_DECISION,
@@ -55,6 +56,8 @@ def draw_gantt(spans: Spans, path: Path, title: str, steps_shown: int = 6) -> No
     for axes, (name, (begin, end)) in zip(panels, _windows(spans, steps_shown).items()):
         for stage, of_stage in spans.items():
             for span in _within(of_stage, begin, end):
+                if span.kind == LEFT_OUT:
+                    continue
                 start, width = (span.start_ns - begin) / 1e6, (span.end_ns - span.start_ns) / 1e6
                 idle = span.kind in IDLE
                 axes.barh(
@@ -97,8 +100,10 @@ def _windows(spans: Spans, steps_shown: int) -> dict[str, tuple[int, int]]:
     training = [span for each in spans.values() for span in each if span.kind != EVALUATION]
     begin, end = min(span.start_ns for span in training), max(span.end_ns for span in training)
     shown = min(steps_shown, len(ends))
-    evaluated = [span.start_ns for span in last_stage if span.kind == EVALUATION]
-    middle = _quiet_middle(ends, shown, evaluated)
+    evaluated = [span for span in last_stage if span.kind == EVALUATION]
+    # Each stage has its own: they have different numbers of spans in a step.
+    left_out = [span for each in spans.values() for span in each if span.kind == LEFT_OUT]
+    middle = _quiet_middle(ends, shown, evaluated, left_out)
     first_backward = min(span.start_ns for span in spans[min(spans)] if span.kind == BACKWARD)
     last_forward = max(span.end_ns for span in spans[min(spans)] if span.kind == FORWARD)
     fill_end = max(ends[shown - 1], first_backward)
@@ -110,13 +115,17 @@ def _windows(spans: Spans, steps_shown: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def _quiet_middle(ends: Sequence[int], shown: int, evaluated: Sequence[int]) -> int:
-    """The first of `shown` backwards nearest to the middle, with no evaluation around them if there is such a place."""
+def _quiet_middle(ends: Sequence[int], shown: int, evaluated: Sequence[Span], left_out: Sequence[Span]) -> int:
+    """The first of `shown` backwards nearest to the middle, where nothing is left out, nor evaluated if that can be."""
     middle = (len(ends) - shown) // 2
-    for first in sorted(range(1, len(ends) - shown), key=lambda place: abs(place - middle)):
-        if not any(ends[first - 1] < moment < ends[first + shown] for moment in evaluated):
-            return first
-    return middle
+
+    def free_of(spans: Sequence[Span], place: int) -> bool:
+        return not any(_within(spans, ends[place - 1], ends[place + shown]))
+
+    places = sorted(range(1, len(ends) - shown), key=lambda place: abs(place - middle))
+    whole = [place for place in places if free_of(left_out, place)]
+    quiet = (place for place in whole if free_of(evaluated, place))
+    return next(quiet, whole[0] if whole else middle)
 
 
 def _within(spans: Iterable[Span], begin: int, end: int) -> Iterable[Span]:

@@ -30,8 +30,9 @@ same mini-batches, and Lightning's own callback, which multiplies by the number 
 class ThroughputMonitor(pl.Callback):
     """Logs how many mini-batches, samples, tokens and floating-point operations are trained per second.
 
-    ``throughput/batches_per_s``; ``samples_per_s`` where the size of a batch can be told; ``tokens_per_s`` if the batch
-    has tokens (a tensor of integers with at least two dimensions); ``flops_per_s`` where the operations were counted at
+    ``throughput/batches_per_s``; ``samples_per_s`` where the size of a batch can be told; ``tokens_per_s`` if the first
+    batch has tokens (a tensor of int32 or int64 with at least two dimensions, the first of which is the batch's size);
+    a sample of a later batch without any counts as one token. ``flops_per_s`` where the operations were counted at
     set-up, and ``mfu`` where the peak of the hardware is known. Rates are means over a rolling window and leave out the
     fill and evaluations. Works with any strategy that runs on one pipeline or one device.
 
@@ -46,6 +47,7 @@ class ThroughputMonitor(pl.Callback):
         self._throughput = Throughput(window_size=window_size)
         self._batches = self._samples = self._tokens = 0
         self._knows_samples = True
+        self._counts_tokens = False
         self._start = self._paused_at = 0.0
         self._flops: int | None = None
 
@@ -76,15 +78,19 @@ class ThroughputMonitor(pl.Callback):
             return
         self._batches += 1
         samples = _samples_in(batch)
+        tokens = None if samples is None else _tokens_in(batch, samples)
+        if self._batches == 1:
+            self._counts_tokens = tokens is not None
         self._knows_samples &= samples is not None
-        self._samples += 1 if samples is None else samples
-        tokens = _tokens_in(batch)
-        self._tokens += tokens or 0
+        # Lightning raises if there are fewer samples than batches, or fewer tokens than samples.
+        counted = max(1, samples or 0)
+        self._samples += counted
+        self._tokens += max(counted, tokens or 0)
         self._throughput.update(
             time=time.perf_counter() - self._start,
             batches=self._batches,
             samples=self._samples,
-            lengths=self._tokens if tokens is not None else None,
+            lengths=self._tokens if self._counts_tokens else None,
             flops=self._flops,
         )
         every = self._every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -117,9 +123,13 @@ def _samples_in(batch: Any) -> int | None:
         return None
 
 
-def _tokens_in(batch: Any) -> int | None:
-    """How many tokens a batch holds: the elements of its first tensor of integers that is no list of labels."""
+def _tokens_in(batch: Any, samples: int) -> int | None:
+    """How many tokens a batch of so many samples holds; None if it has none.
+
+    They are the elements of its first tensor of indices with a row for each sample: no list of labels, and no images or
+    masks, which are bytes.
+    """
     for tensor in tensors_in(batch):
-        if tensor.ndim >= 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        if tensor.dtype in (torch.int32, torch.int64) and tensor.ndim >= 2 and len(tensor) == samples:
             return tensor.numel()
     return None

@@ -42,12 +42,15 @@ ACTIONS = {
 IDLE = (WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION)
 """The kinds that count as idle."""
 
+LEFT_OUT = "left_out"
+"""No kind that is recorded: the time of the spans that a long run did not keep."""
+
 
 class Span(NamedTuple):
     """One stretch of time.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `LEFT_OUT`.
         batch: the mini-batch it was for.
         start_ns: nanoseconds on the machine's monotonic clock, which all processes of a machine share.
         end_ns: likewise.
@@ -74,6 +77,7 @@ class Timeline:
         self._tell = tell
         self._first: list[Span] = []
         self._last: deque[Span] = deque(maxlen=keep)
+        self._left_out = False
         self._sums = dict.fromkeys(KINDS, 0)
         self._update: tuple[int, int] | None = None
         self.now_at: tuple[str, int] | None = None
@@ -118,8 +122,11 @@ class Timeline:
 
     @property
     def spans(self) -> list[Span]:
-        """The spans that were kept, in the order in which they ended."""
-        return [*self._first, *self._last]
+        """The spans that were kept, in the order in which they ended; one of `LEFT_OUT` where some were not."""
+        if not self._left_out:
+            return [*self._first, *self._last]
+        before, after = self._first[-1], self._last[0]
+        return [*self._first, Span(LEFT_OUT, before.batch, before.end_ns, after.start_ns), *self._last]
 
     def _note(self, kind: str, batch: int) -> None:
         self.now_at = kind, batch
@@ -131,6 +138,7 @@ class Timeline:
         if len(self._first) < self._keep:
             self._first.append(span)
         else:
+            self._left_out = len(self._last) == self._keep
             self._last.append(span)
 
 

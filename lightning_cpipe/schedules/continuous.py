@@ -94,18 +94,31 @@ class Continuous(Schedule):
         windows = (self.updates_before(start + lag) - self.updates_before(start) for start in range(period))
         return 1 + max(windows)
 
-    def idle_ratio(self, num_stages: int, num_batches: int, *, drained: bool) -> float:
-        """Share of slots that the plan leaves idle on each stage up to the end of the backward of `num_batches`.
+    def idle_slots_so_far(self, stage: int, num_stages: int, num_batches: int) -> int:
+        """Slots that the fill has left idle on a stage when the last one has backwarded `num_batches` (at least one).
 
-        Until the last mini-batch of a run has been forwarded, only the fill's ``p - 1`` slots of ``2 N + p - 1``; of a
-        whole run, `slot_exact_ratio`.
+        A stage waits `stage` slots for its first activation. Then it forwards until its first gradient comes: in every
+        slot with extra in flight, else in every other one, with as many pauses as its lag.
+        """
+        if self.extra_in_flight:
+            return stage
+        pauses = self.lag(stage, num_stages)
+        # So many of them come before slot 2 N + p - 1, in which the last stage is done.
+        return stage + min(pauses, num_batches + pauses // 2)
+
+    def idle_ratio(self, num_stages: int, num_batches: int, *, drained: bool) -> float:
+        """Share of slots that the plan leaves idle, of all stages, when the last one has backwarded `num_batches`.
+
+        As long as the first stage has mini-batches to forward, only the fill's, of the ``2 N + p - 1`` slots so far:
+        when the fill has ended, ``p - 1`` on each stage, and half as many on average with extra in flight. Of a whole
+        run, which also waits in the drain, `slot_exact_ratio`, whatever is in flight.
         """
         if not num_batches:
             return 0.0
         if drained:
             return self.slot_exact_ratio(num_stages, num_batches)
-        fill = num_stages - 1
-        return fill / (2 * num_batches + fill)
+        idle = sum(self.idle_slots_so_far(stage, num_stages, num_batches) for stage in range(num_stages))
+        return idle / (num_stages * (2 * num_batches + num_stages - 1))
 
     def paper_ratio(self, num_stages: int, num_batches: int) -> float:
         """``1 / (N / (2 (p - 1)) + 1)``, as the paper prints it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lightning_cpipe import IdleMonitor
 from lightning_cpipe.callbacks.gantt import draw_gantt
-from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, WAIT_GRADIENT, Span
+from lightning_cpipe.engine.timeline import BACKWARD, DATA, EVALUATION, FORWARD, WAIT_GRADIENT, Span, Timeline
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.clock import clock
 from lightning_cpipe.schedules.continuous import Continuous
@@ -101,6 +102,42 @@ def test_the_steady_state_is_shown_where_no_evaluation_was(drawn: list[Figure], 
     steady = drawn[0].axes[1]
     assert steady.get_xlim()[1] < 40
     assert {width for _, _, width in bars_of(steady)} == {1.0}
+
+
+def kept(spans: list[Span], keep: int) -> list[Span]:
+    """What a timeline keeps of these spans."""
+    timeline = Timeline(keep)
+    with pytest.MonkeyPatch.context() as patch:
+        for span in spans:
+            patch.setattr(time, "perf_counter_ns", iter((span.start_ns, span.end_ns)).__next__)
+            with timeline.measure(span.kind, span.batch):
+                pass
+    return timeline.spans
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_the_steady_state_of_a_long_run_is_one_that_every_stage_kept(
+    evaluates: bool, drawn: list[Figure], tmp_path: Path
+) -> None:
+    """Of 3,000 steps each stage keeps the first and the last; the panel once showed the gap between, seconds wide."""
+    p, shown = 3, 6
+    spans = spans_of(p, 3000)
+    # One stage has more spans in a step than the others, so its gap is longer.
+    spans[0] = [each for span in spans[0] for each in (span, Span(DATA, span.batch, span.end_ns, span.end_ns))]
+    if evaluates:
+        # So often that no panel is free of it; that must not lead back into the gap.
+        spans[p - 1] = [
+            each for span in spans[p - 1] for each in (span, Span(EVALUATION, 0, span.end_ns, span.end_ns + 1))
+        ]
+    draw_gantt({stage: kept(of_stage, keep=400) for stage, of_stage in spans.items()}, tmp_path / "run.png", "", shown)
+    steady = drawn[0].axes[1]
+    end = steady.get_xlim()[1]
+    assert end == 2 * (shown + 1)
+    for stage in spans:
+        # The evaluations of this test take no time.
+        assert sum(min(x + w, end) - max(x, 0) for s, x, w in bars_of(steady) if s == stage) == pytest.approx(end)
+    # Neither in the fill nor in the drain.
+    assert 50 < min(int(text.get_text()) for text in steady.texts) < 2950
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3])

@@ -125,6 +125,58 @@ def test_tokens_are_counted_where_there_are_some(p: int) -> None:
     assert {row["throughput/samples_per_s"] for _, row in found} == {2.0}
 
 
+def logged(*batches: Any) -> dict[str, float]:
+    """The last numbers of a monitor that sees these batches, one per second."""
+    clock = Mock(now=0.0)
+    notes, monitor = Notes(), ThroughputMonitor(2, every_n_steps=1)
+    trainer = Mock(loggers=[notes], is_global_zero=True, global_step=0)
+    trainer.strategy.root_device = torch.device("cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(throughput_monitor, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        monitor.on_train_start(trainer, Chain())
+        for i, batch in enumerate(batches):
+            clock.now += 1
+            monitor.on_train_batch_end(trainer, Chain(), {}, batch, i)
+    return notes.rows[-1][1]
+
+
+PICTURES, WORDS = torch.zeros(4, 3), torch.zeros(4, 5, dtype=torch.int64)
+
+
+def test_the_first_batch_decides_whether_there_are_tokens() -> None:
+    """A batch with tokens after one without once ended the training, and so did many without after one with."""
+    assert logged(PICTURES, WORDS, WORDS) == {"throughput/batches_per_s": 1.0, "throughput/samples_per_s": 4.0}
+    assert logged(WORDS, PICTURES, WORDS)["throughput/tokens_per_s"] == 4 * 5
+    # A sample without any counts as one.
+    assert logged(WORDS, *[PICTURES] * 9)["throughput/tokens_per_s"] == 4
+    # A batch of words whose length is 0 has no fewer.
+    assert logged(WORDS, *[WORDS[:, :0]] * 9)["throughput/tokens_per_s"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size`")
+@pytest.mark.parametrize(
+    ("tensor", "tokens"),
+    [
+        (torch.zeros(4, 5, dtype=torch.int64), 20),
+        (torch.zeros(4, 5, dtype=torch.int32), 20),
+        (torch.zeros(4, dtype=torch.int64), None),
+        (torch.zeros(2, 1, dtype=torch.int64), None),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None),
+        (torch.zeros(4, 8, 8, dtype=torch.int8), None),
+        (torch.zeros(4, 8, dtype=torch.bool), None),
+    ],
+    ids=lambda value: f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else str(value),
+)
+def test_tokens_are_indices_with_a_row_for_each_sample(tensor: Tensor, tokens: int | None) -> None:
+    """Images and masks once counted as tokens, and a pair of indices beside the samples ended the training."""
+    assert logged(*[(PICTURES, tensor)] * 2).get("throughput/tokens_per_s") == tokens
+
+
+def test_an_empty_batch_ends_no_training() -> None:
+    """Lightning's own count refuses fewer samples than batches."""
+    assert logged(*[PICTURES[:0]] * 2)["throughput/batches_per_s"] == 1
+
+
 class Parcel:
     """A batch whose size nobody knows."""
 

@@ -14,6 +14,7 @@ from lightning_cpipe.engine.timeline import (
     FORWARD,
     IDLE,
     KINDS,
+    LEFT_OUT,
     UPDATE,
     WAIT_ACTIVATION,
     WAIT_DECISION,
@@ -57,9 +58,13 @@ def test_a_span_is_noted_with_its_kind_and_its_mini_batch(clock: Clock) -> None:
 
 def test_the_sums_hold_every_span_and_the_list_the_first_and_the_last(clock: Clock) -> None:
     timeline = Timeline(keep=3)
-    run(timeline, clock, *((FORWARD, batch, 10) for batch in range(10)))
+    run(timeline, clock, *((FORWARD, batch, 10) for batch in range(6)))
+    assert [span.batch for span in timeline.spans] == [0, 1, 2, 3, 4, 5]
+    run(timeline, clock, *((FORWARD, batch, 10) for batch in range(6, 10)))
     assert timeline.sums_ns == {**dict.fromkeys(KINDS, 0), FORWARD: 100}
-    assert [span.batch for span in timeline.spans] == [0, 1, 2, 7, 8, 9]
+    assert [span.batch for span in timeline.spans if span.kind == FORWARD] == [0, 1, 2, 7, 8, 9]
+    # What was not kept is told of: mini-batches 3 to 6.
+    assert timeline.spans[3] == Span(LEFT_OUT, 2, 1_030, 1_070)
 
 
 def test_the_sums_given_out_do_not_change(clock: Clock) -> None:

@@ -7,6 +7,7 @@ epochs that these do not divide.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -183,18 +184,34 @@ def test_the_bubbles_vanish_as_training_goes_on() -> None:
     assert Continuous().slot_exact_ratio(4, 10**6) < 1e-5
 
 
-@pytest.mark.parametrize("p", [1, 2, 3, 4])
-@pytest.mark.parametrize("batches", [1, 2, 5, 20])
-def test_the_prediction_at_the_end_counts_the_slots_of_the_plan(p: int, batches: int) -> None:
-    in_run = Table(Continuous(), p, batches).in_run
-    assert Continuous().idle_ratio(p, batches, drained=True) == pytest.approx(in_run.slot_exact)
+@EVERY_STAGE_COUNT
+@pytest.mark.parametrize("extra", EXTRA)
+def test_the_prediction_at_the_end_counts_the_slots_of_the_plan(p: int, extra: int) -> None:
+    schedule = Continuous(extra)
+    for n in BATCHES:
+        table = Table(schedule, p, n)
+        predicted = schedule.idle_ratio(p, n, drained=True)
+        assert predicted == pytest.approx(table.in_run.slot_exact)
+        assert predicted == pytest.approx(table.in_window.slot_exact)
 
 
-def test_the_prediction_on_the_way_counts_the_slots_until_the_last_stage_is_there() -> None:
-    p, batches = 3, 5
-    # The last stage has backwarded so many, of a plan that goes on for long.
-    table = Table(Continuous(), p, 50, window=2 * batches + p - 1)
-    idle = [sum(cell is None for cell in row) for row in table.cells]
-    assert idle[-1] == p - 1
-    assert Continuous().idle_ratio(p, batches, drained=False) == idle[-1] / table.window
-    assert Continuous().idle_ratio(p, 0, drained=False) == 0
+@EVERY_STAGE_COUNT
+@pytest.mark.parametrize("extra", EXTRA)
+def test_the_prediction_on_the_way_is_the_mean_of_the_stages_idle_slots(p: int, extra: int) -> None:
+    """With extra in flight the stages pause less in the fill; it once said p - 1 slots for each."""
+    schedule = Continuous(extra)
+    assert schedule.idle_ratio(p, 0, drained=False) == 0
+    # A plan that goes on for long, until the last stage has backwarded so many.
+    plan = schedule.plan(p, max(BATCHES) + schedule.lag(0, p) + p)
+    slots = clock(plan)
+    for n in BATCHES:
+        passed = slots[Action(Kind.BACKWARD, n - 1, p - 1)] + 1
+        busy = Counter(action.stage for action, slot in slots.items() if slot < passed)
+        idle = [passed - busy[s] for s in range(p)]
+        assert [schedule.idle_slots_so_far(s, p, n) for s in range(p)] == idle
+        assert schedule.idle_ratio(p, n, drained=False) == pytest.approx(sum(idle) / (p * passed))
+
+
+@pytest.mark.parametrize(("extra", "idle"), [(0, 3), (1, 3 / 2), (2, 3 / 2)])
+def test_after_the_fill_extra_in_flight_leaves_half_of_the_idle_slots(extra: int, idle: float) -> None:
+    assert Continuous(extra).idle_ratio(4, 10, drained=False) == pytest.approx(idle / (2 * 10 + 3))
