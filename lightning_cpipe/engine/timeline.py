@@ -146,7 +146,7 @@ class CudaTimeline(Timeline):
     """The spans of one stage, by the GPU's clock.
 
     A span is a pair of events in the current stream, so a wait is the time that the stream waited. Events are read
-    once they have passed, so nothing synchronises. Never run by this project's own tests, which have no GPU.
+    once they have passed, so nothing synchronises. Not yet run on a GPU.
     """
 
     def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None) -> None:

@@ -31,7 +31,7 @@ class Homes:
         self._touched: list[set[int]] = [set() for _ in range(num_stages)]
         self.trained_on: dict[str, int] = {}
 
-    def trains(self, stage: int, names: Iterable[str]) -> None:
+    def note_trained(self, stage: int, names: Iterable[str]) -> None:
         """Note that these parameters get a gradient on `stage`.
 
         Raises:
@@ -48,7 +48,7 @@ class Homes:
                     " (`weight_decay`)."
                 )
 
-    def touches(self, stage: int, parameters: Iterable[int]) -> None:
+    def note_touched(self, stage: int, parameters: Iterable[int]) -> None:
         """Note that code on `stage` touches these parameters, given by their ids."""
         self._touched[stage].update(parameters)
 

@@ -149,8 +149,8 @@ class _Cutter:
             with self._trial(stage, sends) as trial:
                 dependence = trial.dependence() if self._recorded.step.trains else NOTHING
                 traces = trial.traces()
-                homes.trains(stage, dependence.weights)
-                homes.touches(stage, traces.parameters)
+                homes.note_trained(stage, dependence.weights)
+                homes.note_touched(stage, traces.parameters)
                 self._traces.append(traces)
             found.append(dependence.values)
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)

@@ -21,7 +21,7 @@ class Call:
 
     Attributes:
         module: its name.
-        number: the how-manieth call of it, from 0.
+        number: which call of it, counted from 0.
         enter: the moment it began; moments count the beginnings and ends of all watched calls.
         exit: the moment it ended.
         template: its output without the numbers.

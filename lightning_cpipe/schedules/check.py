@@ -71,8 +71,8 @@ def check(plan: Plan, schedule: Schedule | None = None, *, sends_wait: bool = Fa
 def check_transfers(plan: Plan, *, sends_wait: bool = False) -> list[Fault]:
     """The deadlocks of a plan that has its transfers already, such as one recorded from a run.
 
-    Messages of one edge are taken in the order they were sent, as an NCCL communicator does it: a receive that asks
-    for another mini-batch than the next one on its edge never gets it.
+    Messages of one lane are taken in the order they were sent, as an NCCL communicator does it: a receive that asks
+    for another mini-batch than the next one on its lane never gets it.
     """
     waiting = [deque(_numbered(plan, stage)) for stage in range(plan.num_stages)]
     # Done or next to be done: a receive counts as posted as soon as its stage waits in it.

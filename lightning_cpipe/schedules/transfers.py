@@ -1,8 +1,8 @@
 """Adds the sends and receives to a plan. Whoever writes a schedule never writes one.
 
 A forward needs the activation of the stage before and hands on its own; a backward needs the gradient of the stage
-after and hands on its own. Each arrow between two stages is an *edge* with a process group of its own, so what counts
-on an edge is only that both ends name the mini-batches in the same order.
+after and hands on its own. Each arrow between two stages is a *lane* with a process group of its own, so what counts
+on a lane is only that both ends name the mini-batches in the same order.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class AbsentParameter(nn.Parameter):
 
     @classmethod
     def of(cls, parameter: Tensor, name: str, home: int, here: int) -> AbsentParameter:
-        """The stand-in for `parameter`."""
+        """What stands for `parameter`."""
         return _absent(tuple(parameter.shape), parameter.dtype, parameter.requires_grad, name, home, here)
 
     @classmethod
@@ -65,7 +65,7 @@ class AbsentParameter(nn.Parameter):
         return f"AbsentParameter({self.full_name!r}, shape={tuple(self.shape)}, weights on stage {self.home})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
-        """A stand-in of its own; there is nothing to copy."""
+        """One of its own; there is nothing to copy."""
         return type(self).of(self, self.full_name, self.home, self.here)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., AbsentParameter], tuple[Any, ...]]:

@@ -16,8 +16,8 @@ class Value(NamedTuple):
 
     Attributes:
         module: the module's name.
-        call: the how-manieth call of it in the step, from 0.
-        leaf: the how-manieth tensor of its output, from 0.
+        call: which call of it in the step, counted from 0.
+        leaf: which tensor of its output, counted from 0.
     """
 
     module: str

@@ -33,7 +33,7 @@ class Ending:
         self._actions: list[Callable[[], object]] = []
         self._hook = sys.excepthook
 
-    def is_not_near(self) -> None:
+    def call_off(self) -> None:
         """The run that could have gone wrong is no more."""
         atexit.unregister(self._at_exit)
 

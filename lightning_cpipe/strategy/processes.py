@@ -174,4 +174,4 @@ def _let_go_of(wiring: Wiring | None, control: Control, ending: Ending) -> None:
     if wiring is not None:
         wiring.close()
     control.close()
-    ending.is_not_near()
+    ending.call_off()

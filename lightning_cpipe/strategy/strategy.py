@@ -93,7 +93,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         extra_in_flight: how much further forwards run ahead, in multiples of the least lag. Hides the time of the
             transfers and absorbs jitter, at up to twice the delay.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
-            itself off for callbacks that change the module at epochs.
+            itself off with a `GradientAccumulationScheduler`.
         check: what the set-up proves about the cut: ``full`` compares loss and gradients with the uncut module,
             ``fills`` only tries what the stages depend on, ``auto`` is ``full`` below 50 million parameters.
         timeout: seconds without a sign of life after which a rank counts as dead.
@@ -546,7 +546,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     # ---- what callbacks show ----
 
     def tell_figures(self, every_n_steps: int) -> None:
-        """Let rank 0 know the figures of all stages in every so-manieth of the trainer's steps.
+        """Let rank 0 know the figures of all stages, once in `every_n_steps` of the trainer's steps.
 
         All ranks must call it, after a checkpoint was restored and before the first step, as in `on_train_start`.
         """

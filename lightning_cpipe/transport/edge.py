@@ -1,8 +1,8 @@
-"""One direction between two neighbours: tensors in order, sent without waiting, received after being posted ahead.
+"""A lane for tensors between two neighbours: sent in order without waiting, received after being posted ahead.
 
-Every edge has a process group of its own. On NCCL tags are ignored and one communicator takes its messages in order,
+Every lane has a process group of its own. On NCCL tags are ignored and one communicator takes its messages in order,
 so a shared one would serialise both directions; and with two stages, the neighbour before is the neighbour after.
-What counts on an edge is only that both ends take the messages in the same order, so messages carry no header.
+What counts on a lane is only that both ends take the messages in the same order, so messages carry no header.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class _Message(NamedTuple):
 
 
 class Edge:
-    """One end of an edge; one rank only sends on it and the other only receives.
+    """One end of a lane; one rank only sends on it and the other only receives.
 
     Args:
-        group: the edge's own process group, of two ranks.
+        group: the lane's own process group, of two ranks.
         peer: the other one's global rank.
         device: where received tensors are made.
         in_flight: how many messages may be on their way; the sender waits for the oldest beyond that.
@@ -128,8 +128,7 @@ _LOOK_S = 1e-4
 class NcclEdge(Edge):
     """The same on NCCL, where waiting means that the current stream waits, and the process does not.
 
-    Never run by this project's own tests, which have no GPU; the order in which it issues its operations is that of
-    `Edge`, and is tested.
+    Not yet run on a GPU. The order in which it issues its operations is that of `Edge`, and is tested.
     """
 
     def _reap(self, limit: int) -> None:

@@ -15,7 +15,7 @@ from lightning_cpipe.tree import TensorSpec
 
 @dataclass(frozen=True)
 class Account:
-    """How far one end of an edge got.
+    """How far one end of a lane got.
 
     Attributes:
         messages: sent, or posted for.
