@@ -141,19 +141,19 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.timeline = Timeline()
         """What this rank did when, in the run at hand or the last one."""
         self._options = Options(
-            num_stages,
-            data_parallel_size,
-            schedule,
-            num_microbatches,
-            split_points,
-            versions,
-            remedy,
-            extra_in_flight,
-            cross_epoch,
-            check,
-            timeout,
-            process_group_backend,
-            start_method,
+            num_stages=num_stages,
+            data_parallel_size=data_parallel_size,
+            schedule=schedule,
+            num_microbatches=num_microbatches,
+            split_points=split_points,
+            versions=versions,
+            remedy=remedy,
+            extra_in_flight=extra_in_flight,
+            cross_epoch=cross_epoch,
+            check=check,
+            timeout=timeout,
+            process_group_backend=process_group_backend,
+            start_method=start_method,
         )
         self._num_nodes = 1
         self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight))
