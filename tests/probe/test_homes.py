@@ -26,17 +26,17 @@ def homes(called_on: dict[str, tuple[int, ...]], module: nn.Module | None = None
 def test_a_weight_lives_where_it_gets_its_gradient() -> None:
     """Not where its module is called."""
     found = homes({"trained": (0, 1)})
-    found.trains(2, ["trained.weight"])
+    found.note_trained(2, ["trained.weight"])
     assert found.stages_of("trained.weight") == (2,)
     assert found.trained_on == {"trained.weight": 2}
 
 
 def test_a_gradient_on_a_second_stage_is_refused() -> None:
     found = homes({})
-    found.trains(2, ["trained.weight", "free"])
-    found.trains(2, ["free"])
+    found.note_trained(2, ["trained.weight", "free"])
+    found.note_trained(2, ["free"])
     with pytest.raises(CutError, match=r"'free' gets a gradient on stage 0 and on stage 2.*untie.*`split_points`"):
-        found.trains(0, ["free"])
+        found.note_trained(0, ["free"])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_weight_without_a_gradient_lives_where_its_innermost_module_is_called(
 def test_frozen_weights_live_where_code_touches_them_too() -> None:
     module = Module()
     found = homes({"frozen": (1,)}, module)
-    found.touches(0, [id(module.frozen.weight), id(module.trained.weight)])
+    found.note_touched(0, [id(module.frozen.weight), id(module.trained.weight)])
     assert found.stages_of("frozen.weight") == (0, 1)
     assert found.stages_of("frozen.bias") == (1,)
 
@@ -68,7 +68,7 @@ def test_frozen_weights_live_where_code_touches_them_too() -> None:
 def test_where_nothing_is_trained_all_weights_may_lie_on_several_stages() -> None:
     module = Module()
     found = homes({"trained": (0, 2)}, module, trains=False)
-    found.touches(1, [id(module.trained.weight)])
+    found.note_touched(1, [id(module.trained.weight)])
     assert found.stages_of("trained.weight") == (0, 1, 2)
     assert found.stages_of("trained.bias") == (0, 2)
 
@@ -76,9 +76,9 @@ def test_where_nothing_is_trained_all_weights_may_lie_on_several_stages() -> Non
 def test_trained_weights_of_others_that_code_touches_stand_in() -> None:
     module = Module()
     found = homes({"trained": (0,)}, module)
-    found.trains(0, ["trained.weight"])
+    found.note_trained(0, ["trained.weight"])
     for stage in range(3):
-        found.touches(stage, [id(module.trained.weight), id(module.frozen.weight)])
+        found.note_touched(stage, [id(module.trained.weight), id(module.frozen.weight)])
     assert [found.stand_ins(stage) for stage in range(3)] == [set(), {"trained.weight"}, {"trained.weight"}]
 
 
@@ -105,8 +105,8 @@ class Tied(nn.Module):
 
 def test_every_name_of_what_is_tied_within_a_stage_has_a_home() -> None:
     found = homes({"one": (1,), "two": (0,)}, Tied())
-    found.trains(1, ["one.weight", "one.bias"])
-    found.trains(0, ["two.bias"])
+    found.note_trained(1, ["one.weight", "one.bias"])
+    found.note_trained(0, ["two.bias"])
     assert found.parameters() == {"one.weight": (1,), "one.bias": (1,), "two.weight": (1,), "two.bias": (0,)}
     buffers = found.buffers()
     assert buffers["one.running_mean"] == buffers["two.running_mean"] == 0
