@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_cpipe.tree import TensorSpec
 
+VALUES = (int, float, complex, str, bytes, frozenset, type(None))
+"""What is nothing but its value, tensors aside: of any other object only the class is compared."""
+
 
 def same_bits(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two lists of leaves are equal, tensors bit for bit (so that NaN equals itself)."""
@@ -20,7 +23,7 @@ def same_leaf(a: Any, b: Any) -> bool:
     """The same for two leaves. Objects of which nothing is known are equal if they are of one type."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return TensorSpec.of(a) == TensorSpec.of(b) and torch.equal(_as_bytes(a), _as_bytes(b))
-    return same_value(a, b) if isinstance(a, (int, float, str, type(None))) else type(a) is type(b)
+    return same_value(a, b) if isinstance(a, VALUES) else type(a) is type(b)
 
 
 def same_value(a: Any, b: Any) -> bool:
@@ -29,7 +32,10 @@ def same_value(a: Any, b: Any) -> bool:
 
 
 def close(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two lists of leaves are equal up to rounding, measured against the largest element of each tensor."""
+    """Whether two lists of leaves are equal up to rounding, measured against the largest finite element of each tensor.
+
+    What is not finite, such as the −inf of a mask, must be the same in the same places.
+    """
     return len(a) == len(b) and all(map(_close_leaf, a, b))
 
 
@@ -39,8 +45,10 @@ def _close_leaf(a: Any, b: Any) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = _dense(a), _dense(b)
-    slack = 64 * torch.finfo(b.dtype).eps * float(b.abs().max() if b.numel() else 0)
-    return bool((((a - b).abs() <= slack) | (torch.isnan(a) & torch.isnan(b))).all())
+    sizes = b[torch.isfinite(b)].abs()
+    slack = 64 * torch.finfo(b.dtype).eps * float(sizes.max() if sizes.numel() else 0)
+    same = (a == b) | (torch.isnan(a) & torch.isnan(b))
+    return bool((same | ((a - b).abs() <= slack)).all())
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     CPipeError
     ├── PlanError              a schedule's text or plan is not a legal one
     ├── CutError               the module can't be cut as asked; raised at set-up
-    │   └── AbsentWeightError  code of one stage used a weight that lives on another stage
+    │   └── AbsentWeightError  code of one stage used, or saved, a weight that lives on another stage
     ├── WeightWrittenError     a weight changed while mini-batches in flight needed it as it was
     ├── DataMismatchError      two ranks drew different mini-batches, or a shape changed unannounced
     └── RankLostError          another rank ended; carries the first cause
@@ -28,7 +28,7 @@ class CutError(CPipeError):
 
 
 class AbsentWeightError(CutError):
-    """Code that runs on one stage used a parameter whose weights live on another stage."""
+    """Code that runs on one stage used, or was to save, a parameter whose weights live on another stage."""
 
 
 class WeightWrittenError(CPipeError, RuntimeError):

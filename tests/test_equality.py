@@ -48,6 +48,9 @@ NAN = float("nan")
         (X, None, False),
         (Other(), Other(), True),
         (Other(), {1}, False),
+        (frozenset({1, 2}), frozenset({2, 1}), True),
+        (frozenset({1}), frozenset({2}), False),
+        (b"a", b"b", False),
     ],
 )
 def test_leaves_are_the_same_to_the_bit(a: Any, b: Any, expected: bool) -> None:
@@ -58,6 +61,7 @@ def test_leaves_are_the_same_to_the_bit(a: Any, b: Any, expected: bool) -> None:
 
 
 ONE = torch.ones(3)
+INF = float("inf")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,16 @@ ONE = torch.ones(3)
         (1.5, 1.5, True),
         (1.5, 2.5, False),
         (None, ONE, False),
+        (torch.tensor([-INF, 1.0]), torch.tensor([-INF, 1.0]), True),
+        (torch.tensor([INF, 1.0]), torch.tensor([INF, 1 + 1e-6]), True),
+        (torch.tensor([INF, 1.0]), torch.tensor([INF, 1 + 1e-3]), False),
+        (torch.tensor([INF, 1.0]), torch.tensor([-INF, 1.0]), False),
+        (torch.tensor([INF, 1.0]), torch.tensor([1.0, 1.0]), False),
+        (torch.tensor([1.0, 1.0]), torch.tensor([INF, 1.0]), False),
+        (torch.tensor([NAN, 1.0]), torch.tensor([NAN, 1 + 1e-6]), True),
+        (torch.tensor([NAN, 1.0]), torch.tensor([NAN, 2.0]), False),
+        (torch.tensor([NAN, 1.0]), torch.tensor([1.0, NAN]), False),
+        (torch.tensor([NAN, INF]), torch.tensor([NAN, INF]), True),
     ],
 )
 def test_close_allows_rounding_and_nothing_else(a: Any, b: Any, expected: bool) -> None:

@@ -12,4 +12,5 @@ uncut       the stages in a row, compared with the whole module
 homes       where each weight and buffer lives
 gradients   gradients for a look at them
 untouched   puts a module back as it was
+contents    what hangs on its attributes
 """

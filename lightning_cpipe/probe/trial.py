@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
-from lightning_cpipe.equality import close, same_bits
+from lightning_cpipe.equality import close, same_bits, same_leaf
 from lightning_cpipe.probe.fills import FILLS, is_one_integer, random_like
 from lightning_cpipe.probe.gradients import gradients
 from lightning_cpipe.probe.step import Observed, RecordedStep
@@ -41,17 +42,17 @@ class Traces:
 
     Attributes:
         parameters: ids of all parameters that code of the stage touched, with or without a gradient.
-        left: buffers, metrics' states and attributes of the root that changed, and what they hold now.
+        left: buffers, metrics' states and attributes of the root that changed, and what hangs on them now.
     """
 
     parameters: frozenset[int]
-    left: dict[Place, Any]
+    left: dict[Place, list[Any]]
 
     def has_more_than(self, other: Traces) -> bool:
         """Whether this replay left something that the other did not, or something else in the same place."""
         return any(
-            place not in other.left or not same_bits(flatten(value)[0], flatten(other.left[place])[0])
-            for place, value in self.left.items()
+            place not in other.left or not same_bits(contents, other.left[place])
+            for place, contents in self.left.items()
         )
 
 
@@ -95,10 +96,9 @@ class Trial:
     def traces(self) -> Traces:
         """What the stage touches and leaves behind."""
         watch = _TouchedParameters()
-        with untouched(self._root) as before:
-            self._replayed(self.values, watch)
-            left = _read_by_others(self._root, before)
-        return Traces(frozenset(watch.ids), left)
+        left, again = self._left(watch), self._left()
+        steady = {place: _without_times(contents, again.get(place, [])) for place, contents in left.items()}
+        return Traces(frozenset(watch.ids), steady)
 
     def dependence(self) -> Dependence:
         """What the results depend on through a gradient."""
@@ -144,17 +144,22 @@ class Trial:
             made = self._replay.run(self._step.name, self._step.run, list(received.values()), self._templates)
         return made.sent if made.returned is None else made.returned
 
+    def _left(self, watch: AbstractContextManager[Any] | None = None) -> dict[Place, list[Any]]:
+        """What one replay leaves."""
+        with untouched(self._root) as before:
+            self._replayed(self.values, watch)
+            return _read_by_others(self._root, before)
+
     def _outcome(self, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> list[Any]:
         received = {v: fills.get(v, tensor).detach() for v, tensor in self.values.items()}
         with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
             result = self._replayed(received)
-            written = list(_read_by_others(self._root, before).values())
+            written = chain.from_iterable(_read_by_others(self._root, before).values())
         facts = result.facts if isinstance(result, Observed) else result
-        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in flatten([facts, written])[0]]
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in (*flatten(facts)[0], *written)]
 
     def _baseline(self) -> _Baseline:
-        first = self._outcome({})
-        return _Baseline(first, exact=same_bits(first, self._outcome({})))
+        return _Baseline(self._outcome({}), self._outcome({}))
 
     def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
         try:
@@ -177,15 +182,27 @@ class Trial:
         )
 
 
-@dataclass(frozen=True)
 class _Baseline:
-    """The outcome with the recorded numbers; compared to the bit where the hardware repeats itself to the bit."""
+    """The outcome with the recorded numbers; compared to the bit where the hardware repeats itself to the bit.
 
-    outcome: list[Any]
-    exact: bool
+    Where it does, a plain number that another run makes differently was read off a clock, and says nothing.
+
+    Args:
+        first: an outcome.
+        again: another one, with the same numbers.
+    """
+
+    def __init__(self, first: list[Any], again: list[Any]) -> None:
+        self._outcome = first
+        differing = {i for i, (a, b) in enumerate(zip(first, again)) if not same_leaf(a, b)}
+        self._exact = len(first) == len(again) and not any(isinstance(first[i], Tensor) for i in differing)
+        self._times = differing if self._exact else set()
 
     def equals(self, other: list[Any]) -> bool:
-        return same_bits(self.outcome, other) or (not self.exact and close(self.outcome, other))
+        """Whether the numbers that were other ones this time made no difference."""
+        same = same_leaf if self._exact else lambda a, b: close([a], [b])
+        pairs = enumerate(zip(self._outcome, other))
+        return len(self._outcome) == len(other) and all(i in self._times or same(a, b) for i, (a, b) in pairs)
 
 
 class _TouchedParameters(TorchFunctionMode):
@@ -213,13 +230,20 @@ def _random_weights(root: nn.Module, names: Iterable[str], generator: torch.Gene
             parameter.data = data
 
 
-def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, Any]:
+def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, list[Any]]:
     """What changed and is read outside the step: buffers, the states of metrics, and the root's own attributes."""
     return {
-        (name, key): value
-        for (name, key), value in before.changes().items()
+        (name, key): contents
+        for (name, key), contents in before.changes().items()
         if not name or key in (module := root.get_submodule(name))._buffers or isinstance(module, Metric)
     }
+
+
+def _without_times(contents: list[Any], again: list[Any]) -> list[Any]:
+    """The class stands for a plain number that another replay made differently: it was read off a clock."""
+    if len(contents) != len(again):
+        return contents
+    return [a if isinstance(a, Tensor) or same_leaf(a, b) else type(a) for a, b in zip(contents, again)]
 
 
 def _leaf(tensor: Tensor) -> Tensor:

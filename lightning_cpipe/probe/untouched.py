@@ -1,26 +1,24 @@
 """Runs a module's step for a look at it, and leaves the module as it was.
 
-Put back afterwards: buffers, attributes (tensors, lists, dicts, sets and deques in them included), the mode of every
-module, gradients and every random generator. An object of any other class that a step changes from inside stays
-changed. Weights are not copied; a step that writes one in place is refused, unless it hides it from autograd
-(`weight.data.clamp_()`).
+Put back afterwards: buffers, attributes and all that hangs on them (see `contents`), the mode of every module,
+gradients and the global random generators. Weights are not copied; a step that writes one in place is refused, unless
+it hides it from autograd (`weight.data.clamp_()`).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_cpipe.equality import same_leaf
 from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.contents import Contents, same_contents
 from lightning_cpipe.stage.randomness import unchanged
 
-_NOT_STATE = frozenset({"_parameters", "_buffers", "_modules"})
+_BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
+"""What torch keeps in every module: hooks, and the dicts of parameters, buffers and children."""
 
 Place = tuple[str, str]
 """A module's name and the name of an attribute or buffer of it."""
@@ -32,20 +30,18 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._modules = dict(root.named_modules())
         self._weights = [(name, p, p.data, p._version, p.requires_grad, p.grad) for name, p in root.named_parameters()]
-        self._saved = {
-            name: {key: _Kept(value) for key, value in _state_of(module).items()}
-            for name, module in self._modules.items()
-        }
+        self._saved = {name: _state_of(module) for name, module in self._modules.items()}
+        self._contents, self._read = self._read_all()
 
-    def changes(self) -> dict[Place, Any]:
-        """What differs now: where, and what stands there now (copies; None where it is gone)."""
-        found: dict[Place, Any] = {}
-        for name, module in self._modules.items():
-            before, now = self._saved[name], _state_of(module)
-            for key in before.keys() | now.keys():
-                if key not in before or key not in now or not before[key].equals(now[key]):
-                    found[name, key] = _copied(now.get(key))
-        return dict(sorted(found.items()))
+    def changes(self) -> dict[Place, list[Any]]:
+        """What differs now: where, and what stands there now, as `Contents.read` has it; nothing where it is gone."""
+        before, (_, now) = self._read, self._read_all()
+        places = sorted(before.keys() | now.keys())
+        return {
+            place: now.get(place, [])
+            for place in places
+            if place not in before or place not in now or not same_contents(before[place], now[place])
+        }
 
     def restore(self) -> None:
         """Put everything back.
@@ -57,9 +53,10 @@ class Snapshot:
             saved = self._saved[name]
             for key in _state_of(module).keys() - saved.keys():
                 (module._buffers if key in module._buffers else module.__dict__).pop(key)
-            for key, kept in saved.items():
-                holder = module._buffers if key in module._buffers else module.__dict__
-                holder[key] = kept.put_back()
+            for key, value in saved.items():
+                (module._buffers if key in module._buffers else module.__dict__)[key] = value
+        # Only what hung there before: what took its place meanwhile, such as the batch, is not to be written into.
+        self._contents.put_back()
         written = []
         for name, parameter, data, version, requires_grad, grad in self._weights:
             moved = parameter.data_ptr() != data.data_ptr()
@@ -77,6 +74,12 @@ class Snapshot:
                 " writes in a buffer."
             )
 
+    def _read_all(self) -> tuple[Contents, dict[Place, list[Any]]]:
+        """What hangs on the modules now."""
+        contents = Contents(apart=self._modules.values())
+        states = ((name, _state_of(module)) for name, module in self._modules.items())
+        return contents, {(name, key): contents.read(value) for name, state in states for key, value in state.items()}
+
 
 @contextmanager
 def untouched(root: nn.Module) -> Iterator[Snapshot]:
@@ -90,75 +93,5 @@ def untouched(root: nn.Module) -> Iterator[Snapshot]:
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
-    attributes = {
-        key: value
-        for key, value in module.__dict__.items()
-        if key not in _NOT_STATE and not key.endswith("_hooks") and not key.endswith("_hooks_with_kwargs")
-    }
+    attributes = {key: value for key, value in module.__dict__.items() if key not in _BOOKKEEPING}
     return attributes | dict(module._buffers)
-
-
-class _Kept:
-    """A value, and what it held.
-
-    Two things may happen to an attribute: it is written into, or it is bound to something else. Only the value of
-    before is put back, and what it held; the something else (a batch, say) is not to be written into.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-        self._held: Any = None
-        if isinstance(value, Tensor):
-            self._held = value.detach().clone()
-        elif type(value) in (list, tuple, deque):
-            self._held = [_Kept(item) for item in value]
-        elif type(value) is dict:
-            self._held = {key: _Kept(item) for key, item in value.items()}
-        elif type(value) is set:
-            self._held = set(value)
-
-    def equals(self, now: Any) -> bool:
-        """Whether `now` holds what the value held."""
-        if isinstance(self._value, Tensor) and isinstance(now, Tensor):
-            return same_leaf(self._held, now)
-        if type(self._value) is not type(now):
-            return False
-        if isinstance(self._held, list):
-            return len(self._held) == len(now) and all(kept.equals(item) for kept, item in zip(self._held, now))
-        if isinstance(self._held, dict):
-            return self._held.keys() == now.keys() and all(kept.equals(now[key]) for key, kept in self._held.items())
-        if isinstance(self._held, set):
-            return bool(self._held == now)
-        return self._value is now or (isinstance(now, (int, float, str)) and self._value == now)
-
-    def put_back(self) -> Any:
-        """The value, with what it held."""
-        value = self._value
-        if isinstance(value, Tensor):
-            if value.shape != self._held.shape or value.dtype != self._held.dtype:
-                value.data = self._held
-            elif not same_leaf(self._held, value):
-                with torch.no_grad():
-                    value.copy_(self._held)
-        elif isinstance(self._held, list):
-            items = [kept.put_back() for kept in self._held]
-            if not isinstance(value, tuple):
-                value.clear()
-                value.extend(items)
-        elif isinstance(self._held, dict):
-            value.clear()
-            value.update({key: kept.put_back() for key, kept in self._held.items()})
-        elif isinstance(self._held, set):
-            value.clear()
-            value.update(self._held)
-        return value
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple, set, deque):
-        return type(value)(_copied(item) for item in value)
-    if type(value) is dict:
-        return {key: _copied(item) for key, item in value.items()}
-    return value

@@ -1,14 +1,15 @@
 """A parameter whose weights live on another stage.
 
 It keeps its name, shape and dtype, so that the module tree, summaries and the groups of optimizers read as in the
-whole module, and takes no memory. Any computation with it is an error that says which weight was used and where it
-lives.
+whole module, and takes no memory. Any computation with it, and any attempt to save it, is an error that says which
+weight was used and where it lives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,19 @@ class AbsentParameter(nn.Parameter):
         """One of its own; there is nothing to copy."""
         return type(self).of(self, self.full_name, self.home, self.here)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., AbsentParameter], tuple[Any, ...]]:
-        """Pickled as what it is: metadata."""
-        return _absent, (tuple(self.shape), self.dtype, self.requires_grad, self.full_name, self.home, self.here)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled, by name: in a file, the weights would be missing and nobody would know."""
+        raise AbsentWeightError(
+            f"stage {self.here} was asked to save the parameter {self.full_name!r}, whose weights live on stage"
+            f" {self.home}. While a pipeline runs, save with `trainer.save_checkpoint(path)`, called on every rank;"
+            " `on_save_checkpoint` gets the whole state dict. Or save when the run is over: the module on rank 0 is"
+            " whole then. (If it is among the hyperparameters: `self.save_hyperparameters(ignore=...)`.)"
+        )
+
+
+def _metadata(absent: AbsentParameter) -> tuple[Callable[..., AbsentParameter], tuple[Any, ...]]:
+    shape = tuple(absent.shape)
+    return _absent, (shape, absent.dtype, absent.requires_grad, absent.full_name, absent.home, absent.here)
 
 
 def _absent(
@@ -87,3 +98,6 @@ def _absent_in(tree: Any) -> Iterator[AbsentParameter]:
 
 
 _MOVES = frozenset({torch.ops.aten.detach.default, torch.ops.aten._to_copy.default})
+
+# To another process it goes as what it is: a data loader's worker may be sent a module along with its dataset.
+ForkingPickler.register(AbsentParameter, _metadata)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,36 @@ def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in numbers.items():
             own[name].copy_(tensor)
+
+
+@contextmanager
+def standing_in(root: nn.Module, numbers: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, these tensors hang in the module in place of its parameters and buffers of the same names."""
+    own: dict[str, Tensor] = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    instead = {id(own[name]): tensor for name, tensor in numbers.items() if name in own}
+    replaced = [
+        (holder, key, tensor)
+        for module in root.modules()
+        for holder in (module._parameters, module._buffers)
+        for key, tensor in holder.items()
+        if id(tensor) in instead
+    ]
+    for holder, key, tensor in replaced:
+        holder[key] = instead[id(tensor)]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for holder, key, tensor in replaced:
+            holder[key] = tensor  # type: ignore[assignment]
+
+
+def room_for_absent(root: nn.Module) -> dict[str, Tensor]:
+    """Memory on the CPU for every absent parameter, by name."""
+    return {
+        name: torch.empty(parameter.shape, dtype=parameter.dtype)
+        for name, parameter in root.named_parameters()
+        if isinstance(parameter, AbsentParameter)
+    }
 
 
 def held_by(root: nn.Module, cut: Cut, stage: int) -> dict[str, Tensor]:

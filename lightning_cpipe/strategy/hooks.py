@@ -62,9 +62,11 @@ def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) ->
     - The module's at the end of a batch of training, if its step returns more than the loss. Callbacks' run everywhere.
     - The module's at the end of an epoch, if the step leaves something behind on the last stage alone, such as a list
       of outputs.
+    - Those that change a checkpoint, which rank 0 alone has the whole of.
     """
     found: dict[tuple[int, str], Any] = {}
     for owner in (module, *callbacks_of(trainer)):
+        found[id(owner), "on_save_checkpoint"] = owner
         for step, names in STEPS.items():
             if step != "training_step" and is_overridden(names.batch_end, owner):
                 found |= {(id(owner), hook): owner for hook in (names.batch_end, names.epoch_end)}

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
@@ -120,11 +121,26 @@ def reasons_in_trainer(
             f"{finetuning[0]}: the weights that are trained are settled when the module is cut, and it unfreezes some"
             f" later. Fit twice, with the weights unfrozen (`requires_grad_(True)`) in between. {LATER}"
         )
+    if trainer.checkpoint_callbacks and num_stages > 1 and (names := _parts_among_hyperparameters(module)):
+        yield (
+            f"hyperparameters that are modules with weights ({', '.join(names)}): a checkpoint would hold them, too,"
+            f" but of one stage only. Leave them out: `self.save_hyperparameters(ignore={names})`."
+        )
     if not module.automatic_optimization:
         yield (
             "automatic_optimization=False: in a pipeline the forward and the backward of one step are about different"
             " mini-batches, which only automatic optimization can arrange. Let `training_step` return the loss."
         )
+
+
+def _parts_among_hyperparameters(module: pl.LightningModule) -> list[str]:
+    """The hyperparameters that are parts of the module and hold weights, by name."""
+    own = {id(parameter) for parameter in module.parameters()}
+    return [
+        name
+        for name, value in module.hparams.items()
+        if isinstance(value, nn.Module) and any(id(parameter) in own for parameter in value.parameters())
+    ]
 
 
 def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:

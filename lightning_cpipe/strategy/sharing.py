@@ -158,6 +158,7 @@ class Speaker(Sharing):
 
     @override
     def before_collective(self) -> None:
+        self.require_heard()
         if self._next_word == STEP:
             self._say(STEP, more=True)
             self._next_word = REST_OF_STEP

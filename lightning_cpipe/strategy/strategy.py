@@ -509,25 +509,36 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def restore_checkpoint_after_setup(self) -> bool:
         return True
 
+    @property
+    def _taken_apart(self) -> Whole | None:
+        """This rank's share in the whole, where the whole is in parts that can be put together."""
+        return None if self._at_hand is None or self._interrupted else self._at_hand.whole
+
     @override
-    def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write one plain file of the whole module. What is in flight stays in flight."""
-        whole = None if self._at_hand is None else self._at_hand.whole
-        if whole is None:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        if self._interrupted:
-            rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
-            return
-        self._require_heard()
+    def lightning_module_state_dict(self) -> State:
+        """On rank 0, that of the whole module, before any hook sees it; all ranks must call it, as Lightning does."""
+        if (whole := self._taken_apart) is None:
+            return super().lightning_module_state_dict()
         self.at_hand.sharing.before_collective()
-        super().save_checkpoint(whole.checkpoint(checkpoint), filepath, storage_options)
+        return whole.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> State:
+        """On rank 0, that of the whole module's optimizer; all ranks must call it, as Lightning does."""
+        if (whole := self._taken_apart) is not None and whole.has(optimizer):
+            self.at_hand.sharing.before_collective()
+            return whole.optimizer_state(optimizer)
         if self._whole_optimizer_states and optimizer in self.optimizers:
             return self._whole_optimizer_states[self.optimizers.index(optimizer)]
         return super().optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write one plain file of the whole module. What is in flight stays in flight."""
+        if self._at_hand is not None and self._at_hand.whole is not None and self._interrupted:
+            rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
+            return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

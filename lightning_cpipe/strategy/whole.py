@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, unfreeze_stand_ins
+from lightning_cpipe.stage.weights import (
+    fill,
+    held_by,
+    keep_only,
+    make_room,
+    room_for_absent,
+    standing_in,
+    unfreeze_stand_ins,
+)
 from lightning_cpipe.strategy.checkpoint import (
     GroupOrder,
-    Part,
     State,
-    joined,
     keep_own_parameters,
     own_optimizer_state,
-    own_state_dict,
-    part_of,
+    state_by_name,
+    whole_optimizer_state,
 )
 from lightning_cpipe.transport.control import Control
 
@@ -51,15 +59,35 @@ class Whole:
         for optimizer in self._optimizers:
             keep_own_parameters(optimizer, self._module.parameters())
 
-    def checkpoint(self, checkpoint: State) -> State:
-        """On rank 0, the checkpoint of the whole module; all ranks must call it."""
-        parts = self._parts(checkpoint["state_dict"], "optimizer_states" in checkpoint)
-        return joined(checkpoint, parts, self._orders) if parts else checkpoint
+    def state_dict(self) -> State:
+        """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.
+
+        Elsewhere it is empty: nobody writes it.
+        """
+        everyones = self._collect_numbers()
+        if not everyones:
+            return {}
+        with standing_in(self._module, dict(ChainMap(*everyones))):
+            return self._module.state_dict()
+
+    def has(self, optimizer: Optimizer) -> bool:
+        """Whether it is one of the optimizers that were taken apart."""
+        return optimizer in self._optimizers
+
+    def optimizer_state(self, optimizer: Optimizer) -> State:
+        """On rank 0, that of the whole module's optimizer, and of its own part elsewhere; all ranks must call it."""
+        own, order = optimizer.state_dict(), self._orders[self._optimizers.index(optimizer)]
+        everyones = self._control.collect(state_by_name(optimizer, self._names))
+        return whole_optimizer_state(own, everyones, order) if everyones else own
 
     def load_module(self, state_dict: Mapping[str, Any], strict: bool) -> None:
-        """Load this stage's entries of a whole state dict."""
-        own = own_state_dict(dict(state_dict), self._module, self._cut, self._stage, strict)
-        self._module.load_state_dict(own, strict=False)
+        """Load this stage's part of a whole state dict.
+
+        The module loads all of it, as it would uncut, since its hooks may know entries by other names. What is of
+        other stages is dropped.
+        """
+        with standing_in(self._module, room_for_absent(self._module)):
+            self._module.load_state_dict(state_dict, strict)
 
     def own_optimizer_states(self, states: Sequence[State]) -> list[State]:
         """What this stage's optimizers load, out of the states of the whole module's."""
@@ -74,20 +102,17 @@ class Whole:
         Returns:
             On rank 0, the states of the whole module's optimizers.
         """
-        everyones = self._control.collect(held_by(self._module, self._cut, self._stage))
-        parts = self._parts({}, with_optimizers=True)
+        everyones = self._collect_numbers()
+        states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()
         unfreeze_stand_ins(self._module, self._cut, self._stage)
         if not everyones:
             return []
-        own = {"state_dict": {}, "optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers]}
         make_room(self._module)
         for each in everyones:
             fill(self._module, each)
-        states: list[State] = joined(own, parts, self._orders)["optimizer_states"]
         return states
 
-    def _parts(self, state_dict: State, with_optimizers: bool) -> list[Part]:
-        """All stages' parts, on rank 0."""
-        optimizers = self._optimizers if with_optimizers else []
-        return self._control.collect(part_of(state_dict, optimizers, self._names, self._cut, self._stage))
+    def _collect_numbers(self) -> list[dict[str, Tensor]]:
+        """On rank 0, the weights and buffers of all stages; copies."""
+        return self._control.collect(held_by(self._module, self._cut, self._stage))

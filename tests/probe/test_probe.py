@@ -6,8 +6,11 @@ for those that come together from several stages, which are summed in another or
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import pytest
@@ -188,6 +191,23 @@ class Masked(Blocks):
         return super().body(hidden).masked_fill(mask, 0.1)
 
 
+class Additive(Router):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x), torch.zeros_like(x).masked_fill(x > 0, float("-inf"))
+
+
+class AddsMask(Blocks):
+    """A mask that is added to scores: 0, and −inf for what is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masker = Additive()
+
+    def body(self, x: Tensor) -> Tensor:
+        hidden, mask = self.masker(x)
+        return torch.sigmoid(super().body(hidden) + mask)
+
+
 class Lengths(Router):
     """How much of each row counts: one number per row, in the first batch the same for all."""
 
@@ -344,6 +364,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "structures": Structures,
     "argmax": Routed,
     "mask": Masked,
+    "additive_mask": AddsMask,
     "lengths": Padded,
     "in_place": InPlace,
     "batch_norm": normed,
@@ -468,26 +489,56 @@ def test_a_buffer_is_true_where_its_module_sees_real_numbers() -> None:
     assert homes == {"codebook.codes": 1}
 
 
+class Meter:
+    """Adds up; and knows when."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+        self.when = perf_counter()
+
+    def update(self, x: Tensor) -> None:
+        self.sum += float(x.sum())
+        self.count += 1
+
+
 class Leaves(Blocks):
     """Leaves a number on the root: of the first block, of the last one, or of nothing that crosses."""
 
-    def __init__(self, place: int | None) -> None:
+    def __init__(self, place: int | None, left: Any) -> None:
         super().__init__()
         self.place = place
-        self.left: list[Tensor] = []
+        self.left = left
+        self.clock = Meter()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.clock.when = perf_counter()
         for number, block in enumerate(self.blocks):
             x = block(x)
             if number == self.place:
-                self.left.append(x.detach())
+                self.leave(x.detach())
         return F.mse_loss(x, y)
 
+    def leave(self, x: Tensor) -> None:
+        if isinstance(self.left, Meter):
+            self.left.update(x)
+        elif isinstance(self.left, dict):
+            self.left["seen"].append(x)
+        else:
+            self.left.append(x)
 
+
+@pytest.mark.parametrize("left", [list, partial(defaultdict, list), Meter], ids=["list", "default dict", "meter"])
 @pytest.mark.parametrize(("place", "leaves"), [(None, False), (0, False), (1, True), (3, True)])
-def test_what_only_late_stages_leave_behind_is_known(place: int | None, leaves: bool) -> None:
-    cut = check_cut(Leaves(place), batches(4, 4), 2, split_points=["blocks.1"])
+def test_what_only_late_stages_leave_behind_is_known(place: int | None, leaves: bool, left: Callable[[], Any]) -> None:
+    """In an object of whatever class; and a time, which every stage leaves, is another one each time."""
+    cut = check_cut(Leaves(place, left()), batches(4, 4), 2, split_points=["blocks.1"])
     assert cut.steps[STEP].leaves_behind is leaves
+
+
+def test_a_clock_on_the_root_lets_nothing_cross_that_nobody_needs() -> None:
+    """The time differed whatever stood in the stubs, as if all of them mattered."""
+    outputs = [Value(f"blocks.{number}", 0, 0) for number in (0, 2)]
+    assert crossings(Leaves(None, []), **THIRDS) == [[Crossing(value, True, False)] for value in outputs]
 
 
 def predict(module: nn.Module, batch: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
+from collections import Counter, defaultdict, deque
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,20 @@ from lightning_cpipe.stage.randomness import get_state, same_state
 from tests.helpers.probing import cut_of
 
 WIDTH = 6
+
+
+class AverageMeter:
+    """A plain object, as it stands in many a training script."""
+
+    def __init__(self) -> None:
+        self.sum, self.values = 0.0, [0.0]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AverageMeter) and vars(self) == vars(other)
+
+    def update(self, value: float) -> None:
+        self.sum += value
+        self.values.append(value)
 
 
 class Restless(nn.Module):
@@ -32,6 +46,9 @@ class Restless(nn.Module):
         self.losses: list[Tensor] = []
         self.recent: deque[Tensor] = deque(maxlen=2)
         self.seen: dict[str, Any] = {"sizes": {0}, "nested": [[]]}
+        self.collected: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.sizes: Counter[int] = Counter()
+        self.meters = {"loss": AverageMeter()}
         self.steps = 0
         self.refused = refused
 
@@ -51,6 +68,9 @@ class Restless(nn.Module):
             loss = loss + sum(parameter.square().sum() for parameter in self.parameters())
         self.losses.append(loss.detach())
         self.recent.append(loss.detach())
+        self.collected["losses"].append(loss.detach())
+        self.sizes.update([len(x)])
+        self.meters["loss"].update(float(loss.detach()))
         self.new = x
         return loss
 
@@ -94,6 +114,7 @@ def test_everything_is_as_it_was(p: int, refused: bool, check: str) -> None:
     module.blocks[0][0].weight.grad = torch.ones(WIDTH, WIDTH)
     module.blocks[2][0].bias.requires_grad_(False)
     batch = {"x": torch.randn(4, WIDTH)}
+    module.collected["losses"].append(torch.zeros(()))
     before, numbers, generators = everything(module), batch["x"].clone(), get_state()
     objects = {key: value for key, value in module.__dict__.items() if isinstance(value, (Tensor, list, dict, deque))}
     if refused and p > 1:

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -83,24 +84,35 @@ def test_it_says_what_it_is() -> None:
     assert "blocks.1.weight" in repr(module().state_dict())
 
 
-def saved(value: Any) -> Any:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    return torch.load(stream, weights_only=False)
-
-
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), saved], ids=["copy", "pickle", "save"]
-)
-def test_its_copies_are_absent_too(duplicate: Callable[[Any], Any]) -> None:
-    found = duplicate(module())
-    assert isinstance(found.weight, AbsentParameter)
-    assert (found.weight.full_name, found.weight.home, found.weight.here) == ("blocks.1.weight", 2, 0)
-    assert found.weight.requires_grad
+def test_its_copies_are_absent_too() -> None:
+    found = copy.deepcopy(module())
+    require_same(found.weight)
     assert dict(found.named_parameters()).keys() == {"weight", "bias"}
     with pytest.raises(AbsentWeightError, match=r"blocks\.1\.weight"):
         found(torch.ones(2, 4))
+
+
+def test_it_goes_to_a_process_that_is_spawned_as_what_it_is() -> None:
+    """So may the worker of a data loader whose dataset knows the module."""
+    require_same(pickle.loads(ForkingPickler.dumps(absent())))
+
+
+def require_same(weight: Any) -> None:
+    assert isinstance(weight, AbsentParameter)
+    assert (weight.full_name, weight.home, weight.here) == ("blocks.1.weight", 2, 0)
+    assert weight.requires_grad
+    assert weight.shape == (3, 4)
+
+
+@pytest.mark.parametrize("save", [pickle.dumps, lambda value: torch.save(value, io.BytesIO())], ids=["pickle", "torch"])
+@pytest.mark.parametrize("what", [absent, module, lambda: module().state_dict()], ids=["it", "module", "state dict"])
+def test_it_is_not_saved(what: Callable[[], Any], save: Callable[[Any], Any]) -> None:
+    """Its name, shape and dtype once were, and the file had no weights."""
+    with pytest.raises(AbsentWeightError) as caught:
+        save(what())
+    message = str(caught.value)
+    parts = ("stage 0", "'blocks.1.weight'", "live on stage 2", "trainer.save_checkpoint", "when the run is over")
+    assert all(part in message for part in parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

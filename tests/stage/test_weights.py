@@ -14,7 +14,15 @@ from lightning_cpipe.errors import AbsentWeightError
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.versions import Versions
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, unfreeze_stand_ins
+from lightning_cpipe.stage.weights import (
+    fill,
+    held_by,
+    keep_only,
+    make_room,
+    room_for_absent,
+    standing_in,
+    unfreeze_stand_ins,
+)
 
 
 class Module(nn.Module):
@@ -113,6 +121,30 @@ def test_weights_come_back_to_where_they_were() -> None:
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [p.requires_grad for p in last.parameters()] == [p.requires_grad for p in whole.parameters()]
+
+
+def test_other_numbers_stand_in_for_a_while() -> None:
+    """Of absent weights, under all their names, and of buffers; the module's own are there again afterwards."""
+    module = Module()
+    keep_only(module, CUT, 1)
+    own = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    given = {"first.weight": torch.ones(2, 2), "second.running_mean": torch.ones(2), "gone": torch.ones(1)}
+    with standing_in(module, given):
+        assert absent(module) == {"first.bias"}
+        state = module.state_dict()
+    assert state["first.weight"].tolist() == state["twin.weight"].tolist() == [[1, 1], [1, 1]]
+    assert state["second.running_mean"].tolist() == [1, 1]
+    assert absent(module) == {"first.weight", "first.bias", "twin.weight"}
+    again = [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]
+    assert all(now is before for (_, now), (_, before) in zip(again, own, strict=True))
+
+
+def test_there_is_room_for_what_is_absent() -> None:
+    module = Module().to(torch.float64)
+    keep_only(module, CUT, 1)
+    room = room_for_absent(module)
+    assert {name: tensor.shape for name, tensor in room.items()} == {"first.weight": (2, 2), "first.bias": (2,)}
+    assert {tensor.dtype for tensor in room.values()} == {torch.float64}
 
 
 def test_everything_is_held_by_one_stage() -> None:

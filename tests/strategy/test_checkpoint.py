@@ -18,11 +18,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, UPDATE
-from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.errors import AbsentWeightError, RankLostError
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.strategy.checkpoint import GroupOrder, own_optimizer_state
@@ -117,7 +118,9 @@ def fit(
         loader = functools.partial(noise_loader, samples=3 * PER_EPOCH)
         trainer.fit(made, loader(), loader(seed=6), ckpt_path=ckpt_path)
         return {
-            **vars(noting),
+            "start": noting.start,
+            "batches": noting.batches,
+            "losses": noting.losses,
             "end": (trainer.global_step, trainer.current_epoch),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
             "spans": [] if p is None else [(span.kind, span.batch) for span in trainer.strategy.timeline.spans],
@@ -516,6 +519,80 @@ def test_weights_alone_can_be_loaded_before_a_fit(runs: Any) -> None:
     assert ranks[0]["start"]["place"] == (0, 0)
 
 
+# ---- hooks that change the file ----
+
+
+class RenamesInTheFile(Counting):
+    """Leaves out a prefix where it saves, and puts it back where it loads; keeps a copy besides."""
+
+    def on_save_checkpoint(self, checkpoint: State) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key.removeprefix("net."): value for key, value in state.items()}
+        checkpoint["halves"] = {key: value / 2 for key, value in state.items()}
+
+    def on_load_checkpoint(self, checkpoint: State) -> None:
+        checkpoint["state_dict"] = {f"net.{key}": value for key, value in checkpoint["state_dict"].items()}
+
+
+class RenamesInItsState(Counting):
+    """The same, with hooks of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_state_dict_post_hook(self.rename)
+        self.register_load_state_dict_pre_hook(self.rename_back)
+
+    @staticmethod
+    def rename(module: nn.Module, state: State, *_: Any) -> None:
+        for key in list(state):
+            state[key.removeprefix("net.")] = state.pop(key)
+
+    @staticmethod
+    def rename_back(module: nn.Module, state: State, *_: Any) -> None:
+        for key in list(state):
+            state[f"net.{key}"] = state.pop(key)
+
+
+class Sums(pl.Callback):
+    """Looks at the numbers that are about to be saved."""
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
+        checkpoint["sum"] = sum(float(value.sum()) for value in checkpoint["state_dict"].values())
+        (state,) = checkpoint["optimizer_states"]
+        checkpoint["in_optimizer"] = len(state["state"])
+
+
+@pytest.mark.parametrize("module", [RenamesInTheFile, RenamesInItsState])
+def test_hooks_see_the_whole_state_and_may_rename_what_is_in_it(tmp_path: Path, module: type[Counting]) -> None:
+    """An entry of another name had no home: its weights were missing in the file, and its buffers another stage's."""
+    callbacks = lambda: [ModelCheckpoint(tmp_path, save_last=True), Sums()]  # noqa: E731
+    ranks = fit(2, module=module, callbacks=callbacks, max_epochs=1)
+    file = read(tmp_path / "last.ckpt")
+    require_same_bits(
+        file["state_dict"], {key.removeprefix("net."): value for key, value in ranks[0]["weights"].items()}
+    )
+    assert file["sum"] == pytest.approx(sum(float(value.sum()) for value in file["state_dict"].values()))
+    assert file["in_optimizer"] == len(dict(module().named_parameters()))
+    if module is RenamesInTheFile:
+        assert file["halves"]["net.0.0.weight"].equal(file["state_dict"]["0.0.weight"] / 2)
+
+    resumed = fit(2, module=module, ckpt_path=tmp_path / "last.ckpt", max_epochs=2)
+    begun = {name: weight for seen in resumed for name, weight in seen["start"]["weights"].items()}
+    assert begun.keys() == dict(module().named_parameters()).keys()
+    assert all(weight.equal(file["state_dict"][name.removeprefix("net.")]) for name, weight in begun.items())
+
+
+def test_a_file_is_not_overwritten_by_one_without_its_weights(tmp_path: Path) -> None:
+    """As when a hook adds the module's own state to the checkpoint."""
+    path = tmp_path / "last.ckpt"
+    TorchCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(2)}}, path)
+    absent = AbsentParameter.of(torch.ones(2), "weight", home=0, here=1)
+    with pytest.raises(AbsentWeightError, match=r"'weight'.*live on stage 0"):
+        TorchCheckpointIO().save_checkpoint({"state_dict": {"weight": absent}}, path)
+    assert read(path)["state_dict"]["weight"].tolist() == [1, 1]
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
 # ---- files that do not fit ----
 
 
@@ -541,11 +618,11 @@ def changed(path: Path, to: Path, change: Callable[[State], object]) -> Path:
     [
         (
             lambda file: file["state_dict"].pop("net.3.linear.weight"),
-            ["RuntimeError", "Error(s) in loading state_dict for Grouped", "missing keys", "net.3.linear.weight"],
+            ["RuntimeError", "Error(s) in loading state_dict for Grouped", "Missing key(s)", "net.3.linear.weight"],
         ),
         (
             lambda file: file["state_dict"].update(extra=torch.zeros(1)),
-            ["RuntimeError", "Error(s) in loading state_dict for Grouped", "unexpected keys", "extra"],
+            ["RuntimeError", "Error(s) in loading state_dict for Grouped", "Unexpected key(s)", "extra"],
         ),
     ],
     ids=["missing", "unexpected"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -211,3 +212,44 @@ def test_what_one_rank_alone_asks_all_is_refused(ask: Any, in_sanity_check: bool
     module = AgreesAlone(in_sanity_check, ask)
     said = cause(2, module, val=noise_loader(), where="at mini-batch")
     assert "runs on rank 0 alone, which has them" in said
+
+
+class Meter:
+    """A plain object that adds up."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+
+    def update(self, value: Tensor) -> None:
+        self.sum += float(value)
+        self.count += 1
+
+
+class KeepsBooks(Chain):
+    """Collects in a `defaultdict` and in a plain object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self.meter = Meter()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs["loss"].append(loss.detach())
+        self.meter.update(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("collected", torch.stack(self.outputs["loss"]).mean())
+        self.log("metered", self.meter.sum / self.meter.count)
+        self.log("steps", float(self.meter.count))
+
+
+def test_what_a_step_collects_in_any_object_is_of_the_epoch_alone() -> None:
+    """The probe's runs once counted on rank 0, and the hook failed on other stages, where nothing was collected."""
+    seen = fit_in_pipeline(2, KeepsBooks, noise_loader, max_epochs=1)
+    metrics = seen[0].metrics
+    assert metrics["steps"] == len(seen[0].losses)
+    assert metrics["collected"] == pytest.approx(sum(seen[0].losses) / len(seen[0].losses), rel=1e-5)
+    assert metrics["metered"] == pytest.approx(metrics["collected"], rel=1e-5)
+    assert seen[1].metrics == metrics

@@ -144,6 +144,24 @@ def test_a_module_or_a_flag_is_refused_before_any_process_is_started(
     require_said(reason, parts, later)
 
 
+class OfParts(Chain):
+    """Is given its parts, and counts them among its hyperparameters."""
+
+    def __init__(self, net: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net, self.criterion = net, criterion
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.filterwarnings("ignore:Attribute .* is an instance of `nn.Module`:UserWarning")
+def test_parts_among_the_hyperparameters_are_refused_before_any_process_is_started() -> None:
+    """A checkpoint would hold them without the weights of other stages: the run ended at its first one."""
+    module = OfParts(Chain().net, torch.nn.MSELoss())
+    (reason,) = refused(module, {}, enable_checkpointing=True)
+    require_said(reason, ["modules with weights (net)", "`self.save_hyperparameters(ignore=['net'])`"], later=False)
+
+
 @pytest.mark.usefixtures("no_processes")
 def test_all_reasons_are_listed_at_once() -> None:
     together: dict[str, Any] = {}
