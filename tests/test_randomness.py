@@ -57,3 +57,32 @@ def test_every_batch_of_an_evaluation_has_random_numbers_of_its_own() -> None:
     alone, three = (in_pipeline(p, draw_in_predict_step)[0] for p in (1, 3))
     assert len({tuple(each) for each in alone}) == len(alone) == 3
     assert alone == three
+
+
+class DrawsInHooks(Chain):
+    """Its hooks draw: in evaluations, and in training after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluation: list[float] = []
+        self.training_draws: list[float] = []
+
+    def on_validation_start(self) -> None:
+        self.evaluation.append(float(torch.rand(())))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.training_draws.append(float(torch.rand(())))
+
+
+def draws(_: Any, module: DrawsInHooks) -> tuple[list[float], list[float]]:
+    return module.evaluation, module.training_draws
+
+
+def test_hooks_of_an_evaluation_draw_alike_and_from_numbers_of_their_own() -> None:
+    options = {"train": noise_loader, "look": draws, "max_epochs": 2}
+    validated = [seen.found for seen in fit_in_pipeline(3, DrawsInHooks, val=noise_loader, **options)]
+    without = [seen.found for seen in fit_in_pipeline(3, DrawsInHooks, **options)]
+    evaluation = validated[0][0]
+    assert len(set(evaluation)) == len(evaluation) == 3
+    assert [of_rank[0] for of_rank in validated] == [evaluation] * 3
+    assert [of_rank[1] for of_rank in validated] == [of_rank[1] for of_rank in without]

@@ -115,9 +115,13 @@ class Replay:
         finally:
             self._running = outer
         if run.passage.end is not None:
+            skipped = (
+                " It returned None; skipping a mini-batch is not supported yet: return zero times a loss of the model."
+            )
             raise CutError(
                 f"stage {run.passage.stage} ran {name} to its end and never reached {run.passage.end!r}, where stage"
                 f" {run.passage.stage + 1} begins. Every step must call it exactly once, as the first batch did."
+                f"{skipped if graded and returned is None else ''}"
             )
         return Replayed(returned, [], run.described)
 

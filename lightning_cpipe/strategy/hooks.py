@@ -6,6 +6,7 @@ that is: on the last stage, which is rank 0.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ def arrange_hooks(
     Returns:
         Functions that undo it.
     """
+    # Lightning advises it for metrics that are the same on all ranks here.
+    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
     undo = _keep_metrics_apart(trainer, module)
     here_alone = _of_last_stage(trainer, module, cut)
     if sharing.leads:

@@ -24,6 +24,9 @@ if __name__ in ("__main__", "__mp_main__"):
     version = importlib.metadata.version
     importlib.metadata.version = lambda name: version("none" if name in hidden else name)
 
+    # A shell that runs the tests in the background lets them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
