@@ -168,7 +168,7 @@ class Watch:
             self._conclude(self._gone(0))
             return
         if self.is_orphan:
-            self._conclude(FirstCause.of(self._rank, self._stages[self._rank], ORPHANED))
+            self._conclude(self._orphaned())
             return
         try:
             self._store.set(f"beat/{self._rank}", repr(time.time()))
@@ -177,9 +177,8 @@ class Watch:
                 return
             is_silent = listen and self._is_next_silent()
         except dist.DistError:
-            # The store lives in the process of rank 0, or in torchrun's agent, which ends after its workers.
             if not self._stopping.is_set():
-                self._conclude(self._gone(0))
+                self._conclude(self._without_store())
             return
         if is_silent:
             self._agree(self._silence(self._watched))
@@ -214,6 +213,13 @@ class Watch:
             with suppress(OSError):
                 os.kill(self._pids[cause.rank], signal.SIGKILL)
 
+    def _without_store(self) -> FirstCause:
+        """Why there is no store: it lives in the process of rank 0, or in torchrun's agent, which launched this one."""
+        return self._orphaned() if self.is_orphan else self._gone(0)
+
+    def _orphaned(self) -> FirstCause:
+        return FirstCause.of(self._rank, self._stages[self._rank], ORPHANED)
+
     def _gone(self, rank: int) -> FirstCause:
         words = read_last_words(self._words_of[rank]) if rank in self._words_of else None
         if words is not None:
@@ -229,7 +235,7 @@ class Watch:
         try:
             return self._conclude(FirstCause(*json.loads(self._store.compare_set("cause", "", json.dumps(cause)))))
         except dist.DistError:
-            return self._conclude(cause if cause.rank == self._rank else self._gone(0))
+            return self._conclude(cause if cause.rank == self._rank else self._without_store())
 
     def _conclude(self, cause: FirstCause) -> FirstCause:
         """What this process found out first counts here. Nothing is asked while the lock is held."""

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -58,3 +59,14 @@ def test_a_rank_that_left_no_words_is_named(dead: int, tmp_path: Path) -> None:
 def test_the_words_of_a_dead_rank_are_said_for_it(tmp_path: Path) -> None:
     watch = watch_with_a_dead_rank(2, tmp_path, "stage 0 said at {batch}")
     assert watch.explain(2).text == "stage 0 said at 0"
+
+
+def test_an_agent_that_is_gone_with_the_store_is_not_taken_for_rank_0(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It was, if it went between the look at it and the question to its store."""
+    watch = Watch(1, STAGES, "a run", 5.0, LastWords("never said, at {batch}", tmp_path / "own"))
+    # Not an orphan yet; then one.
+    monkeypatch.setattr(Watch, "is_orphan", mock.PropertyMock(side_effect=[False, True]))
+    monkeypatch.setattr(watch, "_store", mock.Mock(set=mock.Mock(side_effect=dist.DistNetworkError("gone"))))
+    assert watch.explain(None).text.endswith("stage 1 (rank 1) failed: the process that launched it is gone")
