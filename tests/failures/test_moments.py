@@ -128,7 +128,8 @@ def test_an_interrupt_from_the_keyboard_ends_all(run: Run, launcher: str, rank: 
     assert "Detected KeyboardInterrupt, attempting graceful shutdown" in ended.err
     assert "Traceback" not in ended.err
     if launcher == "popen":
-        assert re.fullmatch(rf"stage \d \(rank \d\) failed: .*at mini-batch {AT}.*: interrupted.*", ended.cause)
+        # The launcher hands it on to the ranks that it started, and any of them may be the first to say so.
+        assert re.fullmatch(r"stage \d \(rank \d\) failed: at mini-batch \d+.*: interrupted.*", ended.cause)
 
 
 @pytest.mark.parametrize(
