@@ -1,4 +1,7 @@
-"""Every private name of torch that this package touches, in one place.
+"""The private names of torch that this package touches, in one place.
+
+Left where they are used: `_version` of a tensor, `_parameters` and `_buffers` of a module, which have been there since
+before any version of torch that runs here.
 
 A test compares them, and what they do, with what is written below.
 """

@@ -138,6 +138,8 @@ class NcclEdge(Edge):
             if self._is_oldest_completed:
                 self._sent.popleft()
             else:
+                # NCCL has no wait that holds up the process and not the stream. Reached only beyond what the plan sends
+                # ahead, where there is nothing to do but to wait.
                 time.sleep(_LOOK_S)
         if limit == 0:
             super()._reap(0)
