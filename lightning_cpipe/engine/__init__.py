@@ -4,6 +4,7 @@ training     the stream of training
 evaluation   the stream of an evaluation, forward only
 neighbours   a stage's ends of the lanes to the stages beside it
 decisions    what the last stage says to all others
+ties         parameters that several stages train
 shapes       what is known of the shapes of a batch
 mini_batch   what the engine knows of a mini-batch
 timeline     what the stage did when

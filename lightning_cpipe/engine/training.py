@@ -15,7 +15,9 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from lightning_cpipe.engine.figures import Bookkeeper, StageFigures
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source, require_same
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.shapes import Known, Shapes
+from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, WAIT_GRADIENT, Timeline
 from lightning_cpipe.errors import DataMismatchError, PlanError
 from lightning_cpipe.schedules.action import Action, Kind
@@ -99,6 +102,7 @@ class TrainingStream:
         timeline: where time is noted.
         source: where the mini-batches are.
         run_step: calls the user's step of the whole module on a mini-batch.
+        ties: of the stage with others; None where it has none.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class TrainingStream:
         timeline: Timeline,
         source: Source,
         run_step: Callable[[MiniBatch], Any],
+        ties: Ties | None = None,
     ) -> None:
         self.in_flight: dict[int, InFlight] = {}
         self.figures: dict[int, StageFigures] = {}
@@ -125,6 +130,7 @@ class TrainingStream:
         self.versions = versions
         """Of the stage's weights."""
         self._to = to
+        self._ties = ties or Ties()
         self._timeline = timeline
         self._source = source
         self._run_step = run_step
@@ -144,10 +150,16 @@ class TrainingStream:
             Kind.SEND_BACKWARD: self._send_gradient,
         }
         self._of_loss: Callable[[], object] | None = None
+        self._updated = 0
         self._next: Action
         self._begin_at(0)
 
     # ---- what the loop asks for ----
+
+    def begin(self) -> None:
+        """Training begins."""
+        self.books.begin()
+        self._ties.begin()
 
     def forward_until(self, number: int) -> InFlight:
         """Run the actions up to the backward of mini-batch `number`, without it.
@@ -178,6 +190,7 @@ class TrainingStream:
         while self._next.kind in _OF_BACKWARD:
             self._run_next()
         self._forget(number)
+        self._ties.after_backward(partial(self._timeline.measure, WAIT_GRADIENT, number))
 
     def skip_to(self, number: int) -> None:
         """The loop left out the mini-batches before `number`, which one stage alone has not forwarded yet."""
@@ -192,12 +205,22 @@ class TrainingStream:
 
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
+        self._updated = number
         self._timeline.begin_update(number)
         self.versions.advance()
 
-    def end_update(self) -> None:
-        """The optimizer has stepped."""
-        self._timeline.end_update()
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """The optimizer's step runs inside."""
+        with self.versions.updating():
+            yield
+            self._timeline.end_update()
+            self._ties.after_update(partial(self._timeline.measure, WAIT_GRADIENT, self._updated))
+
+    def settle(self) -> None:
+        """Training is over, on all stages after the same local step: forget what is in flight."""
+        self.in_flight.clear()
+        self._ties.settle()
 
     def is_hand_raised(self) -> bool:
         """Whether this stage, or one before it, wants training to stop."""

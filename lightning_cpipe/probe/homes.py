@@ -12,9 +12,9 @@ from lightning_cpipe.errors import CutError
 class Homes:
     """Fills up while the probe walks through the stages.
 
-    A parameter that gets a gradient lives on the stage that gives it, and nowhere else. Others live wherever a module
-    that holds them is called; one that nobody calls lives on the last stage, so that the module can be made whole
-    again.
+    A parameter that gets a gradient lives on the stage that gives it. If several do it is *tied*: the last of them owns
+    it, the others hold copies. Parameters without a gradient live wherever a module that holds them is called; one that
+    nobody calls lives on the last stage, so that the module can be made whole again.
 
     Args:
         root: the whole module.
@@ -29,23 +29,28 @@ class Homes:
         self._last = num_stages - 1
         self._changing = {name for name, parameter in root.named_parameters() if trains and parameter.requires_grad}
         self._touched: list[set[int]] = [set() for _ in range(num_stages)]
-        self.trained_on: dict[str, int] = {}
+        self.trained_on: dict[str, tuple[int, ...]] = {}
 
     def note_trained(self, stage: int, names: Iterable[str]) -> None:
-        """Note that these parameters get a gradient on `stage`.
+        """Note that these parameters get a gradient on `stage`."""
+        for name in names:
+            self.trained_on[name] = tuple(sorted({*self.trained_on.get(name, ()), stage}))
+
+    def require_few_ties(self) -> None:
+        """Tied parameters are an exception: each costs memory on all its stages, and traffic at every update.
 
         Raises:
-            CutError: if another stage gives them one too.
+            CutError: if a stage has nothing but ties; then something takes all parameters at once.
         """
-        for name in names:
-            other = self.trained_on.setdefault(name, stage)
-            if other != stage:
+        for stage in range(self._last):
+            trained = [name for name, stages in self.trained_on.items() if stage in stages]
+            if len(trained) > 1 and all(len(self.trained_on[name]) > 1 for name in trained):
+                on = ", ".join(map(str, self.trained_on[trained[0]]))
                 raise CutError(
-                    f"the parameter {name!r} gets a gradient on stage {stage} and on stage {other}. Parameters tied"
-                    " between stages are not supported yet: untie the weights (for a language model,"
-                    " `tie_word_embeddings=False`), move the cut with `split_points` so that both uses lie on one"
-                    " stage, or take a penalty over all parameters out of the loss and into the optimizer"
-                    " (`weight_decay`)."
+                    f"each of the {len(trained)} parameters that get a gradient on stage {stage} gets one on another"
+                    f" stage, too; {trained[0]!r} on the stages {on}. The last of these would have to hold them all."
+                    " Take a penalty over all parameters out of the loss and into the optimizer (`weight_decay`), or"
+                    " move the cut with `split_points` so that modules which share their weights lie on one stage."
                 )
 
     def note_touched(self, stage: int, parameters: Iterable[int]) -> None:
@@ -53,9 +58,10 @@ class Homes:
         self._touched[stage].update(parameters)
 
     def stages_of(self, name: str) -> tuple[int, ...]:
-        """The stages that hold a parameter's weights."""
+        """The stages that hold a parameter's weights, the one with the true numbers first."""
         if name in self.trained_on:
-            return (self.trained_on[name],)
+            *users, owner = self.trained_on[name]
+            return (owner, *users)
         called = self._where_called(name)
         if name in self._changing:
             return called[:1]

@@ -61,17 +61,19 @@ def probe(
     recorded = [RecordedStep(root, step, watched, draws) for step in steps]
     writes_buffers = {name for each in recorded for name in each.writes_buffers}
     trains = any(step.trains for step in steps)
-    owners = [name for name in watched if _owns_weights(root, name) or _around_any(name, writes_buffers)]
+    writers = {name for name in watched if _around_any(name, writes_buffers)}
+    owners = [name for name in watched if _owns_weights(root, name) or name in writers]
     if trains and starts:
         _require_memory_of_their_own(root)
-    unchanging = {n for n in owners if not (trains and _owns_trainable(root, n)) and not _around_any(n, writes_buffers)}
+    unchanging = {name for name in owners if not (trains and _owns_trainable(root, name)) and name not in writers}
     isolation = Isolation(root, draws.modules, draws.repeated)
     try:
-        cutters = [_Cutter(root, each, owners, unchanging, starts, device) for each in recorded]
+        cutters = [_Cutter(root, each, owners, unchanging, writers, starts, device) for each in recorded]
         homes = Homes(root, len(starts) + 1, _called_on(cutters), trains)
         for cutter in cutters:
             with isolation.of(cutter.seed):
                 cutter.follow_gradients(homes)
+        homes.require_few_ties()
         for cutter in cutters:
             with isolation.of(cutter.seed):
                 cutter.follow_numbers(homes)
@@ -101,6 +103,7 @@ class _Cutter:
         recorded: RecordedStep,
         owners: Sequence[str],
         unchanging: set[str],
+        writers: set[str],
         starts: Sequence[str],
         device: torch.device,
     ) -> None:
@@ -115,8 +118,8 @@ class _Cutter:
                 f"{self.name} reaches the modules at which the stages begin in another order than"
                 f" {', '.join(starts)}. Reorder `split_points`."
             )
-        self._stubs: list[tuple[str, ...]] = [()]
-        self._stubs += [recording.finished_before(moment, owners, unchanging) for moment in self.moments]
+        self._stubs: list[dict[str, int | None]] = [{}]
+        self._stubs += [recording.called_before(moment, owners, unchanging, writers) for moment in self.moments]
         self._templates: TemplateTable = {
             (call.module, call.number): call.template
             for call in recording.calls
@@ -234,7 +237,7 @@ class _Cutter:
             what = "the loss, a logged value or the output"
         else:
             values = [sent.value for sent in trial.passage.sends]
-            recorded = self._recorded.recording.values({value.module for value in values})
+            recorded = self._recorded.recording.values(dict.fromkeys((value.module for value in values), None))
             made, whole = result, [recorded[value] for value in values]
             what = f"what stage {trial.passage.stage} sends"
         self._require_same(None if close(flatten(made)[0], flatten(whole)[0]) else what)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,37 +69,47 @@ class Recording:
             )
         return calls[0].enter
 
-    def finished_before(self, moment: int, owners: Iterable[str], shared: Collection[str]) -> tuple[str, ...]:
-        """The outermost of `owners` whose calls all end before `moment`.
+    def called_before(
+        self, moment: int, owners: Iterable[str], shared: Collection[str], writers: Collection[str]
+    ) -> dict[str, int | None]:
+        """The outermost of `owners` that are called before `moment`, with how many calls end there; None for all.
 
         Args:
             moment: the beginning of a stage.
             owners: modules that hold weights or write buffers.
-            shared: those of them that may run on several stages, since nothing in them ever changes.
+            shared: those of them that may run on several stages, since nothing in them ever changes. They are left
+                out where they are called afterwards, too.
+            writers: those of them that write buffers, which must all run on one stage.
 
         Raises:
-            CutError: if an owner that is not shared is called on both sides.
+            CutError: if a writer is called on both sides, or a call of what is also called before is cut in two.
         """
-        finished = []
+        found: dict[str, int | None] = {}
         for name in owners:
             calls = self.of(name)
-            before = [call for call in calls if call.exit < moment]
-            if before and any(call.enter > moment for call in calls) and name not in shared:
-                raise CutError(
-                    f"{name!r} is called on both sides of a cut, so its weights would be tied between two stages."
-                    " Tied parameters are not supported yet: move the cut with `split_points` so that every call of it"
-                    " falls into one stage, or untie the weights."
-                )
-            if calls and len(before) == len(calls):
-                finished.append(name)
-        return tuple(name for name in finished if not any(name.startswith(f"{outer}.") for outer in finished))
+            before = sum(call.exit < moment for call in calls)
+            if before and before == len(calls):
+                found[name] = None
+            elif before and name not in shared:
+                if name in writers:
+                    raise CutError(
+                        f"{name!r} is called on both sides of a cut and writes buffers, which can't be true on two"
+                        " stages: move the cut with `split_points` so that every call of it falls into one stage."
+                    )
+                if calls[before].enter < moment:
+                    raise CutError(
+                        f"a cut lies inside call {before + 1} of {name!r}, which is called before it, too: move the cut"
+                        " with `split_points` so that it lies outside the module."
+                    )
+                found[name] = before
+        return {name: calls for name, calls in found.items() if not any(name.startswith(f"{o}.") for o in found)}
 
-    def values(self, modules: Iterable[str]) -> dict[Value, Tensor]:
-        """Every tensor that these modules returned."""
+    def values(self, stubs: Mapping[str, int | None]) -> dict[Value, Tensor]:
+        """Every tensor that these modules returned, each in so many calls; None for all."""
         return {
             Value(call.module, call.number, leaf): tensor
-            for module in modules
-            for call in self.of(module)
+            for module, calls in stubs.items()
+            for call in self.of(module)[:calls]
             for leaf, tensor in enumerate(call.tensors)
         }
 

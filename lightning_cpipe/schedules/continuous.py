@@ -83,6 +83,14 @@ class Continuous(Schedule):
         """The updates of the last ``lag`` mini-batches before `batch`; ``lag`` in the steady state."""
         return self.updates_before(batch) - self.version(stage, num_stages, batch)
 
+    def rows_late(self, user: int, owner: int) -> int:
+        """The least number of rows with a slot to spare for the message: ``(owner - user) * max(1, extra) // 2 + 1``.
+
+        Stage `user` has backwarded mini-batch i so many slots after the owner: ``owner - user``, or the same times
+        `extra_in_flight` where that is more. A row takes two slots.
+        """
+        return (owner - user) * max(1, self.extra_in_flight) // 2 + 1
+
     def live_versions(self, stage: int, num_stages: int) -> int:
         """The largest number of versions that some mini-batch in flight, or the next forward, needs at once.
 

@@ -23,6 +23,10 @@ class Flushed(Schedule, ABC):
         """0: the update waits for every gradient."""
         return 0
 
+    def rows_late(self, user: int, owner: int) -> int:
+        """0: the update waits for every gradient."""
+        return 0
+
     def paper_ratio(self, num_stages: int, num_batches: int) -> float:
         """``(p - 1) / (m + p - 1)``, which is also what the table shows."""
         return self.slot_exact_ratio(num_stages, num_batches)

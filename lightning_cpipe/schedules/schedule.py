@@ -46,6 +46,10 @@ class Schedule(ABC):
     def delay(self, stage: int, num_stages: int, batch: int) -> int:
         """How many updates old the version is that the gradient of `batch` is for, when `stage` applies it."""
 
+    @abstractmethod
+    def rows_late(self, user: int, owner: int) -> int:
+        """By how many of its own rows the owner of a tied parameter adds the gradient of stage `user` later."""
+
     def slots(self, num_stages: int, num_batches: int) -> int:
         """Slots from the first forward to the last backward, if every forward and backward takes one."""
         return 2 * num_batches + self.idle_slots(num_stages)

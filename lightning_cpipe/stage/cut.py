@@ -5,6 +5,7 @@ The probe writes it on rank 0, every rank reads it. Names are those of the whole
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,14 +51,15 @@ class Passage:
     Attributes:
         stage: whose.
         end: the block where the next stage begins and this one ends; None on the last stage.
-        stubs: the outermost modules that own weights or write buffers and are finished before this stage begins.
+        stubs: the outermost modules that own weights or write buffers and that are called before this stage begins;
+            with how many of their calls that are, or None where it is all of them.
         receives: what comes from the stage before, in the order of the message.
         sends: what goes to the stage after, in the order of the message.
     """
 
     stage: int
     end: str | None = None
-    stubs: tuple[str, ...] = ()
+    stubs: Mapping[str, int | None] = field(default_factory=dict)
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
 
@@ -84,6 +86,20 @@ class StepCut:
     returns_more: bool = False
 
 
+class Tie(NamedTuple):
+    """Parameters that two stages train.
+
+    Attributes:
+        user: the stage that holds copies.
+        owner: the stage, after it, whose optimizer updates them.
+        names: of the parameters, in the order of the messages.
+    """
+
+    user: int
+    owner: int
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a module is cut into stages.
@@ -91,8 +107,9 @@ class Cut:
     Attributes:
         starts: for each stage but the first, the block that begins it.
         steps: by the step's name.
-        homes: the stages that hold each parameter's weights. One stage trains it; frozen ones may lie on several.
-        trained_on: the one stage that trains each parameter that gets a gradient.
+        homes: the stages that hold each parameter's weights, the one that has the true numbers first: of those that
+            give it a gradient the last. Frozen ones, and those that are tied, lie on several.
+        trained_on: the stages that give each parameter a gradient, in order; more than one where it is tied.
         buffer_homes: the stage whose copy of a buffer is the true one.
         stand_ins: for each stage, the parameters of other stages that code between modules touches there without any
             effect on what the stage makes. Their first values stay.
@@ -104,7 +121,7 @@ class Cut:
     starts: tuple[str, ...]
     steps: dict[str, StepCut]
     homes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    trained_on: dict[str, int] = field(default_factory=dict)
+    trained_on: dict[str, tuple[int, ...]] = field(default_factory=dict)
     buffer_homes: dict[str, int] = field(default_factory=dict)
     stand_ins: tuple[frozenset[str], ...] = ()
     draws: frozenset[str] = frozenset()
@@ -115,3 +132,12 @@ class Cut:
     def num_stages(self) -> int:
         """How many stages."""
         return len(self.starts) + 1
+
+    @property
+    def ties(self) -> list[Tie]:
+        """The ties between each two stages, in an order that is the same everywhere."""
+        names: dict[tuple[int, int], list[str]] = {}
+        for name, (*users, owner) in sorted(self.trained_on.items()):
+            for user in users:
+                names.setdefault((user, owner), []).append(name)
+        return [Tie(*pair, tuple(found)) for pair, found in sorted(names.items())]

@@ -135,7 +135,7 @@ class Replay:
     def stub_output(self, name: str) -> tuple[bool, Any]:
         """Whether module `name` is a stub right now, and what it returns then."""
         run = self._running
-        if run is None or name not in run.passage.stubs:
+        if run is None or not run.is_stubbed(name):
             return False, None
         return True, run.stub_output(name, self._filler)
 
@@ -154,8 +154,7 @@ class Replay:
 
     def _capture(self, name: str) -> Callable[..., None]:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
-            # A stub of one step may run for real in another.
-            if self._running is not None and name not in self._running.passage.stubs:
+            if self._running is not None:
                 self._running.capture(name, output)
 
         return capture
@@ -197,10 +196,18 @@ class _Run:
         self._templates = templates
         self._captured: dict[Value, tuple[Tensor, int]] = {}
         self._calls: Counter[str] = Counter()
+        self._just_stubbed = ""
+
+    def is_stubbed(self, name: str) -> bool:
+        """Whether the next call of a module is for another stage."""
+        stubs = self.passage.stubs
+        # A stub of one step may run for real in another, and so may later calls of it.
+        return name in stubs and ((calls := stubs[name]) is None or self._calls[name] < calls)
 
     def stub_output(self, name: str, filler: Callable[[TensorSpec], Tensor]) -> Any:
         call = self._calls[name]
         self._calls[name] += 1
+        self._just_stubbed = name
         template = self._templates.get((name, call))
         if template is None:
             raise CutError(
@@ -219,6 +226,9 @@ class _Run:
         return tensor.clone() if value in self._role.rewritten else tensor
 
     def capture(self, name: str, output: Any) -> None:
+        if self._just_stubbed == name:
+            self._just_stubbed = ""
+            return
         call = self._calls[name]
         self._calls[name] += 1
         template, tensors = described(output)

@@ -73,8 +73,9 @@ class Versions:
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._named = dict(named)
-        self._parameters = list(self._named.values())
+        self.named = dict(named)
+        """The parameters by name."""
+        self._parameters = list(self.named.values())
         self._counters = [parameter._version for parameter in self._parameters]
         self._newest = Version([parameter.data for parameter in self._parameters])
         self._used_by: dict[int, tuple[Version, int]] = {}
@@ -157,7 +158,7 @@ class Versions:
         if now == self._counters:
             return
         if self._in_use(self._newest):
-            written = [name for name, was, is_ in zip(self._named, self._counters, now) if was != is_]
+            written = [name for name, was, is_ in zip(self.named, self._counters, now) if was != is_]
             raise WeightWrittenError(
                 f"{', '.join(written)} changed outside the optimizer's step, while mini-batches in flight had been"
                 " forwarded with the version that was written into. Change weights right after an update (with"

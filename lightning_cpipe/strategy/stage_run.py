@@ -8,6 +8,7 @@ from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source
 from lightning_cpipe.engine.neighbours import Neighbours
+from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.engine.training import STEP, TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
@@ -59,8 +60,9 @@ class StageRun:
         run_step: Callable[[MiniBatch], object],
     ) -> TrainingStream:
         """Begin to train; see `TrainingStream`."""
+        ties = Ties.of(self.module.cut.ties, self.module.stage, schedule, versions.named, self._lanes.ties)
         self._training = TrainingStream(
-            self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step
+            self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step, ties
         )
         return self._training
 
@@ -70,9 +72,10 @@ class StageRun:
         Returns:
             How many messages were discarded.
         """
+        discarded = self._training_lanes.settle(self.decisions)
         if self._training is not None:
-            self._training.in_flight.clear()
-        return self._training_lanes.settle(self.decisions)
+            self._training.settle()
+        return discarded
 
     def close(self) -> None:
         """Take all lanes to their end and leave the module as it was, weights excepted."""

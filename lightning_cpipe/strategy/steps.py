@@ -121,9 +121,8 @@ class Steps:
     @contextmanager
     def updating(self) -> Iterator[None]:
         """The optimizer's step, closure included, runs inside."""
-        with self._run.training.versions.updating():
+        with self._run.training.updating():
             yield
-        self._run.training.end_update()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -320,7 +320,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        lanes = self.processes.lanes(room_on_lanes(self._schedule.lag(self.stage, self.num_stages)))
+        pairs = [(tie.user, tie.owner) for tie in cut.ties]
+        lanes = self.processes.lanes(room_on_lanes(self._schedule.lag(self.stage, self.num_stages)), pairs)
         stage_run = StageRun(StageModule(module, cut, self.stage, self.root_device), lanes, self.timeline)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
@@ -379,7 +380,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def begin_stream(self) -> None:
         """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
-        self.stage_run.training.books.begin()
+        self.stage_run.training.begin()
 
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""

@@ -56,8 +56,9 @@ class Whole:
     def take_apart(self) -> None:
         """Keep the weights of this rank's stage, in the module and in the optimizers."""
         keep_only(self._module, self._cut, self._stage)
+        owned = [p for name, p in self._module.named_parameters() if self._cut.homes[name][0] == self._stage]
         for optimizer in self._optimizers:
-            keep_own_parameters(optimizer, self._module.parameters())
+            keep_own_parameters(optimizer, owned)
 
     def state_dict(self) -> State:
         """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.

@@ -13,13 +13,16 @@ and three carry records, each through a socket:
     eval_records      stage s     -> stage s + 1     beside the evaluation's activations
 
 Evaluation has lanes of its own because training's receives are posted already when a validation begins.
+
+Two stages that train the same parameters have two more lanes for tensors, whether they are neighbours or not: one for
+gradients, to the later stage, which owns these parameters, and one for its weights, back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,6 +43,22 @@ UP = ("gradients", "decisions")
 """The lanes on which data flows from the last stage to the first; on all others it flows from the first to the last."""
 
 
+Pair = tuple[int, int]
+"""Two stages that train the same parameters: the one that has copies, and the one that owns them."""
+
+
+class TieEnds(NamedTuple):
+    """A stage's ends of the lanes to another one with which it shares parameters.
+
+    Attributes:
+        incoming: for the owner gradients, for the other one weights.
+        outgoing: the other way round.
+    """
+
+    incoming: Edge
+    outgoing: Edge
+
+
 @dataclass(frozen=True)
 class Lanes:
     """One process's ends of all lanes of one run.
@@ -49,12 +68,14 @@ class Lanes:
         outgoing: the lanes that this rank sends tensors on.
         records_in: the lanes that this rank receives records on.
         records_out: the lanes that this rank sends records on.
+        ties: the lanes to stages with which this one shares parameters.
     """
 
     incoming: dict[TensorLane, Edge] = field(default_factory=dict)
     outgoing: dict[TensorLane, Edge] = field(default_factory=dict)
     records_in: dict[RecordLane, Records] = field(default_factory=dict)
     records_out: dict[RecordLane, Records] = field(default_factory=dict)
+    ties: dict[Pair, TieEnds] = field(default_factory=dict)
 
 
 class Wiring:
@@ -74,11 +95,13 @@ class Wiring:
         self._device = device
         self._edge_type = NcclEdge if backend == "nccl" else Edge
         self._connections = connect_neighbours(control, ranks, stage, RECORD_LANES)
+        self._backend = backend
         self._groups: dict[tuple[int, str], dist.ProcessGroup] = {}
+        self._tied: dict[Pair, tuple[dist.ProcessGroup, dist.ProcessGroup] | None] = {}
         for upper in range(len(ranks) - 1):
             for lane in TENSOR_LANES:
                 # Every process takes part in making every group, in this order.
-                group = dist.new_group([ranks[upper], ranks[upper + 1]], timeout=NEVER, backend=backend)
+                group = self._new_group(upper, upper + 1)
                 if stage in (upper, upper + 1):
                     self._groups[upper, lane] = group
         self._handed_out: list[Edge] = []
@@ -89,14 +112,16 @@ class Wiring:
         for edge in self._handed_out:
             edge.abandon()
         self._groups.clear()
+        self._tied.clear()
         self.disconnect()
 
     def close(self) -> None:
         """Let go of all connections; nothing may be on its way."""
         if dist.is_initialized():
-            for group in self._groups.values():
+            for group in (*self._groups.values(), *(each for ends in self._tied.values() for each in ends or ())):
                 dist.destroy_process_group(group)
         self._groups.clear()
+        self._tied.clear()
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -105,14 +130,15 @@ class Wiring:
             connection.close()
         self._connections.clear()
 
-    def lanes(self, in_flight: int) -> Lanes:
-        """Fresh ends for one run; nothing may be on its way on the old ones.
+    def lanes(self, in_flight: int, ties: Sequence[Pair] = ()) -> Lanes:
+        """Fresh ends for one run; nothing may be on its way on the old ones. All ranks must call it alike.
 
         Args:
             in_flight: how many messages may be on their way on each lane for tensors.
+            ties: all pairs of stages that share parameters.
         """
         self._handed_out.clear()
-        lanes = Lanes()
+        lanes = Lanes(ties={pair: self._tie_ends(pair, in_flight) for pair in self._connected(ties)})
         for upper in (self._stage - 1, self._stage):
             if not 0 <= upper < len(self._ranks) - 1:
                 continue
@@ -126,6 +152,36 @@ class Wiring:
                 (lanes.records_in if self._receives(upper, name) else lanes.records_out)[name] = records
         return lanes
 
+    def _new_group(self, a: int, b: int) -> dist.ProcessGroup:
+        return dist.new_group([self._ranks[a], self._ranks[b]], timeout=NEVER, backend=self._backend)
+
+    def _connected(self, ties: Sequence[Pair]) -> list[Pair]:
+        """Connect these pairs, unless they are already; those that this stage belongs to."""
+        for pair in ties:
+            if pair in self._tied:
+                continue
+            gradients, weights = self._new_group(*pair), self._new_group(*pair)
+            self._tied[pair] = (gradients, weights) if self._stage in pair else None
+            if self._stage in pair:
+                ends = self._tie_ends(pair, in_flight=1)
+                # Gradients first, on both sides; see `_warm_up`.
+                if self._stage == pair[1]:
+                    _hear(ends.incoming)
+                    _say(ends.outgoing)
+                else:
+                    _say(ends.outgoing)
+                    _hear(ends.incoming)
+        return [pair for pair in ties if self._stage in pair]
+
+    def _tie_ends(self, pair: Pair, in_flight: int) -> TieEnds:
+        groups = self._tied[pair]
+        assert groups is not None
+        owns = self._stage == pair[1]
+        peer = self._ranks[pair[0] if owns else pair[1]]
+        gradients, weights = (self._edge_type(group, peer, self._device, in_flight) for group in groups)
+        self._handed_out += [gradients, weights]
+        return TieEnds(gradients, weights) if owns else TieEnds(weights, gradients)
+
     def _receives(self, upper: int, lane: str) -> bool:
         """Whether data flows to this stage on a lane between the stages `upper` and `upper` + 1."""
         return (lane in UP) == (upper == self._stage)
@@ -136,14 +192,24 @@ class Wiring:
         NCCL makes a communicator at its first message, and two ranks that make theirs in different orders hang.
         """
         lanes = self.lanes(in_flight=1)
-        hello = TensorSpec((1,), torch.float32)
         for upper in range(len(self._ranks) - 1):
             for lane in TENSOR_LANES:
                 if self._stage not in (upper, upper + 1):
                     continue
                 if self._receives(upper, lane):
-                    lanes.incoming[lane].post([hello])
-                    lanes.incoming[lane].receive()
+                    _hear(lanes.incoming[lane])
                 else:
-                    lanes.outgoing[lane].send_filler([hello])
-                    lanes.outgoing[lane].flush()
+                    _say(lanes.outgoing[lane])
+
+
+_HELLO = TensorSpec((1,), torch.float32)
+
+
+def _say(edge: Edge) -> None:
+    edge.send_filler([_HELLO])
+    edge.flush()
+
+
+def _hear(edge: Edge) -> None:
+    edge.post([_HELLO])
+    edge.receive()

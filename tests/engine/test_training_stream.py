@@ -97,12 +97,11 @@ class Stage:
         """The backward and the update of the local step."""
         number = self.work.mini_batch.number
         self.stream.backward(number, None if self.half.stage == 0 else self.work.returned.backward)
-        with self.stream.versions.updating():
+        with self.stream.updating():
             self.stream.begin_update(number)
             with torch.no_grad():
                 self.half.weight -= 0.25 * self.half.weight.grad
             self.half.weight.grad = None
-        self.stream.end_update()
 
     @property
     def trace(self) -> str:

@@ -161,8 +161,10 @@ class Stages:
             ]
             for name, parameter in self.modules[number].named_parameters():
                 if parameter.grad is not None:
-                    assert name not in gradients, f"{name} gets a gradient on two stages"
-                    gradients[name], parameter.grad = parameter.grad, None
+                    assert number in self.cut.trained_on[name], f"{name} gets a gradient on stage {number}"
+                    before = gradients.get(name)
+                    gradients[name] = parameter.grad if before is None else before + parameter.grad
+                    parameter.grad = None
             homes = self.cut.buffer_homes
             buffers |= {n: b.clone() for n, b in self.modules[number].named_buffers() if homes[n] == number}
         return Result(returned.loss.detach(), returned.output, gradients, buffers)

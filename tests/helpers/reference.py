@@ -2,6 +2,9 @@
 
 Stage s runs the forward of mini-batch j with its weights after ``max(0, j - lag)`` mini-batches, where lag = p - 1 - s,
 and updates with the gradient of mini-batch j when its own count of mini-batches is j. That is all a pipeline may do.
+
+A parameter under several names on several stages is updated by the last of them, the owner. It adds the gradient of
+another stage some mini-batches later, and both have the new weights when their counts of mini-batches are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def train_delayed(
 
     Args:
         module: whole.
-        stages: the names of each stage's parameters.
+        stages: the names of each stage's parameters; one that is tied by the name that the stage uses.
         batches: each with whether the optimizer steps after it.
         loss_of: the loss of a batch.
         optimizer_of: makes one stage's optimizer, and a scheduler that steps with it (or None).
@@ -41,27 +44,43 @@ def train_delayed(
     Returns:
         The loss of each mini-batch.
     """
-    own = dict(module.named_parameters())
+    own = dict(module.named_parameters(remove_duplicate=False))
+    owner = {id(own[name]): s for s, names in enumerate(stages) for name in names}
+    late: dict[str, list[torch.Tensor]] = {}
     lags = [(len(stages) - 1 - s) * (1 + extra_in_flight) for s in range(len(stages))]
-    optimizers = [optimizer_of([own[name] for name in names]) for names in stages]
+    optimizers = [
+        optimizer_of([own[name] for name in names if owner[id(own[name])] == s]) for s, names in enumerate(stages)
+    ]
     history = [[{n: own[n].detach().clone().requires_grad_() for n in names}] for names in stages]
     losses = []
     for j, (batch, updates) in enumerate(batches):
         used = [versions[max(0, j - lag)] for versions, lag in zip(history, lags)]
         weights = {name: weight for version in used for name, weight in version.items()}
         with random_of(j):
-            loss = loss_of(partial(functional_call, module, weights), batch)
+            loss = loss_of(partial(functional_call, module, weights, tie_weights=False), batch)
         losses.append(loss.item())
-        gradients = torch.autograd.grad(loss / accumulate, list(weights.values()))
-        for name, gradient in zip(weights, gradients):
+        found = dict(zip(weights, torch.autograd.grad(loss / accumulate, list(weights.values()))))
+        due = {}
+        for s, names in enumerate(stages):
+            for name in names:
+                if (to := owner[id(own[name])]) != s:
+                    late.setdefault(name, []).append(found.pop(name))
+                    if (place := j - _rows_late(to - s, extra_in_flight)) >= 0:
+                        due[name] = late[name][place]
+        for name, gradient in (*found.items(), *due.items()):
             own[name].grad = gradient if own[name].grad is None else own[name].grad + gradient
-        for names, versions, (optimizer, scheduler) in zip(stages, history, optimizers):
-            if not updates:
-                versions.append(versions[-1])
-                continue
-            optimizer.step()
-            optimizer.zero_grad()
-            if scheduler is not None:
-                scheduler.step()
-            versions.append({n: own[n].detach().clone().requires_grad_() for n in names})
+        if updates:
+            for optimizer, scheduler in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+                if scheduler is not None:
+                    scheduler.step()
+        for names, versions in zip(stages, history):
+            fresh = {n: own[n].detach().clone().requires_grad_() for n in names}
+            versions.append(fresh if updates else versions[-1])
     return losses
+
+
+def _rows_late(stages_apart: int, extra_in_flight: int) -> int:
+    """A stage is as many slots behind as it is apart; two slots make a row, and one is left for the message."""
+    return stages_apart * max(1, extra_in_flight) // 2 + 1

@@ -28,15 +28,28 @@ def test_a_weight_lives_where_it_gets_its_gradient() -> None:
     found = homes({"trained": (0, 1)})
     found.note_trained(2, ["trained.weight"])
     assert found.stages_of("trained.weight") == (2,)
-    assert found.trained_on == {"trained.weight": 2}
+    assert found.trained_on == {"trained.weight": (2,)}
 
 
-def test_a_gradient_on_a_second_stage_is_refused() -> None:
+def test_of_several_stages_that_give_a_gradient_the_last_owns_the_weight() -> None:
     found = homes({})
-    found.note_trained(2, ["trained.weight", "free"])
+    found.note_trained(1, ["trained.weight", "free"])
     found.note_trained(2, ["free"])
-    with pytest.raises(CutError, match=r"'free' gets a gradient on stage 0 and on stage 2.*untie.*`split_points`"):
-        found.note_trained(0, ["free"])
+    found.note_trained(0, ["free", "frozen.bias"])
+    assert found.trained_on["free"] == (0, 1, 2)
+    assert found.stages_of("free") == (2, 0, 1)
+    found.require_few_ties()
+
+
+def test_a_stage_that_has_nothing_of_its_own_is_refused() -> None:
+    """One parameter alone may be: an embedding that is the head's weight."""
+    found = homes({})
+    found.note_trained(2, ["free", "trained.weight"])
+    found.note_trained(1, ["free"])
+    found.require_few_ties()
+    found.note_trained(1, ["trained.weight"])
+    with pytest.raises(CutError, match=r"each of the 2 .* on stage 1 gets.*'free' on the stages 1, 2.*`weight_decay`"):
+        found.require_few_ties()
 
 
 @pytest.mark.parametrize(

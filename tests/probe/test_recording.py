@@ -70,7 +70,7 @@ def test_only_what_draws_itself_draws() -> None:
 
 
 def test_tensors_are_told_as_they_were_when_the_module_returned() -> None:
-    values = recording().values(["pair", "last"])
+    values = recording().values({"pair": None, "last": None})
     assert list(values) == [*(Value("pair", call, leaf) for call in (0, 1) for leaf in (0, 1)), Value("last", 0, 0)]
     first, twice = values[Value("pair", 0, 0)], values[Value("pair", 0, 1)]
     assert torch.allclose(twice, 2 * (first - 1), atol=1e-6)
@@ -107,7 +107,7 @@ def test_outputs_are_told_before_the_user_s_hooks_change_them() -> None:
     root = nn.Sequential(nn.Identity())
     root[0].register_forward_hook(lambda module, args, output: output + 1)
     found, result = record(root, lambda: root(torch.zeros(2)), ["0"])
-    assert found.values(["0"])[Value("0", 0, 0)].tolist() == [0, 0]
+    assert found.values({"0": None})[Value("0", 0, 0)].tolist() == [0, 0]
     assert result.tolist() == [1, 1]
 
 
@@ -125,14 +125,26 @@ def test_a_stage_begins_where_the_step_passes_once() -> None:
     [(1, ()), (4, ("inner.0",)), (7, ("inner",)), (13, ("inner", "pair", "middle"))],
 )
 def test_modules_that_are_finished_are_told_by_the_outermost(moment: int, finished: tuple[str, ...]) -> None:
-    assert recording().finished_before(moment, WATCHED, ()) == finished
+    assert recording().called_before(moment, WATCHED, (), ()) == dict.fromkeys(finished)
 
 
-def test_a_module_called_on_both_sides_of_a_cut_is_refused_unless_nothing_in_it_changes() -> None:
+def test_a_module_called_on_both_sides_of_a_cut_is_told_with_the_calls_before_it_unless_nothing_in_it_changes() -> None:
     found = recording()
-    with pytest.raises(CutError, match=r"'pair' is called on both sides of a cut.*`split_points`.*untie"):
-        found.finished_before(9, ["inner", "pair"], ())
-    assert found.finished_before(9, ["inner", "pair"], {"pair"}) == ("inner",)
+    assert found.called_before(9, ["inner", "pair"], (), ()) == {"inner": None, "pair": 1}
+    assert found.called_before(9, ["inner", "pair"], {"pair"}, ()) == {"inner": None}
+    assert list(found.values({"pair": 1})) == [Value("pair", 0, 0), Value("pair", 0, 1)]
+
+
+def test_a_writer_of_buffers_on_both_sides_of_a_cut_is_refused() -> None:
+    with pytest.raises(CutError, match=r"'pair' is called on both sides of a cut and writes buffers.*`split_points`"):
+        recording().called_before(9, ["inner", "pair"], (), {"pair"})
+
+
+def test_a_cut_inside_a_later_call_is_refused() -> None:
+    found = recording()
+    inside = found.of("pair")[1].enter + 0.5
+    with pytest.raises(CutError, match=r"inside call 2 of 'pair'.*`split_points`"):
+        found.called_before(inside, ["inner", "pair"], (), ())  # type: ignore[arg-type]
 
 
 def test_no_hook_is_left_after_an_error() -> None:

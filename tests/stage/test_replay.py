@@ -48,8 +48,8 @@ def crossing(module: str, leaf: int = 0, *, gradient: bool = True, rewritten: bo
 
 
 FIRST = Passage(0, "two", sends=(crossing("one"), crossing("one", 1, gradient=False)))
-MIDDLE = Passage(1, "three", ("one",), (crossing("one"),), (crossing("one"), crossing("two")))
-LAST = Passage(2, None, ("one", "two"), (crossing("two"),))
+MIDDLE = Passage(1, "three", {"one": None}, (crossing("one"),), (crossing("one"), crossing("two")))
+LAST = Passage(2, None, {"one": None, "two": None}, (crossing("two"),))
 TABLE = {(name, 0): Template.of(Times(1)(X)) for name in ("one", "two", "three")}
 
 
@@ -119,7 +119,7 @@ def test_what_a_step_does_to_a_filler_is_not_there_in_the_next() -> None:
 
 def test_what_was_received_is_copied_where_code_writes_into_it() -> None:
     """A leaf that needs a gradient may not be written, and what is handed on stays as it came."""
-    passage = Passage(1, "three", ("one",), (crossing("one", rewritten=True),), (crossing("one", rewritten=True),))
+    passage = Passage(1, "three", {"one": None}, (crossing("one", rewritten=True),), (crossing("one", rewritten=True),))
     leaf = torch.ones(2, 3, requires_grad=True)
 
     def step(root: Root) -> None:

@@ -1,0 +1,203 @@
+"""Keeps equal what several stages train: a *tied* parameter, such as an embedding that is the head's weight, too.
+
+The last stage that gives it a gradient owns it, and its optimizer alone updates it. The others hold copies: each sends
+the owner the gradient of every mini-batch, and takes over the owner's weights after every update. So a copy is always
+one of the owner's versions, the one of the same number: where every stage has done i updates, all hold the same.
+
+Both travel directly between the two stages, and nobody stalls. The owner adds a gradient some of its own local steps
+later (`Schedule.rows_late`), when it has long arrived. The weights leave right after the owner's update, and the other
+stage takes them after its own backward of the same mini-batch, which comes later.
+
+Roughly, in local step i:
+
+    a stage with a copy   backward i, send gradient i                              receive weights i + 1
+    the owner             backward i, receive and add gradient i - late, update i, send weights i + 1
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.cut import Tie
+from lightning_cpipe.transport.wiring import Pair, TieEnds
+from lightning_cpipe.tree import TensorSpec
+
+
+class Measure(Protocol):
+    """Notes how long a stage waits inside."""
+
+    def __call__(self) -> AbstractContextManager[None]: ...
+
+
+class Tied(ABC):
+    """One stage's side of a tie.
+
+    One receive is always posted ahead, so that the other stage's sends can start at once.
+
+    Args:
+        parameters: of the tie.
+        ends: of its lanes.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: TieEnds) -> None:
+        self._parameters = parameters
+        self._incoming, self._outgoing = ends
+        self._specs = [TensorSpec.of(parameter) for parameter in parameters]
+
+    def begin(self) -> None:
+        """Training begins."""
+        self._incoming.post(self._specs)
+
+    @abstractmethod
+    def after_backward(self, waiting: Measure) -> None:
+        """A local step's backward is done; the gradients are not clipped yet."""
+
+    @abstractmethod
+    def after_update(self, waiting: Measure) -> None:
+        """A local step's update is done."""
+
+    def send_last(self) -> None:
+        """Training is over: satisfy the receive that the other side has posted ahead."""
+        self._outgoing.send_filler(self._specs)
+
+    def discard(self) -> None:
+        """Take what is still under way, and wait until everything sent has left."""
+        while self._incoming.posted:
+            self._incoming.receive()
+        self._outgoing.flush()
+
+    def _receive(self, waiting: Measure) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        with waiting():
+            arrived = self._incoming.receive()
+        self._incoming.post(self._specs)
+        return zip(self._parameters, arrived)
+
+
+class Copies(Tied):
+    """The side that holds copies."""
+
+    def after_backward(self, waiting: Measure) -> None:
+        """Send the owner this mini-batch's gradients."""
+        self._outgoing.send([_gradient_of(parameter) for parameter in self._parameters])
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def after_update(self, waiting: Measure) -> None:
+        """Take over the owner's weights."""
+        with torch.no_grad():
+            for parameter, weights in self._receive(waiting):
+                parameter.copy_(weights)
+
+
+class Owned(Tied):
+    """The owner's side.
+
+    Args:
+        parameters: of the tie.
+        ends: of its lanes.
+        late: by how many local steps the other stage's gradients are added later.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: TieEnds, late: int) -> None:
+        super().__init__(parameters, ends)
+        self._under_way = 0
+        self._late = late
+
+    def after_backward(self, waiting: Measure) -> None:
+        """Add the gradients that are due."""
+        if self._under_way < self._late:
+            self._under_way += 1
+            return
+        for parameter, gradient in self._receive(waiting):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+
+    def after_update(self, waiting: Measure) -> None:
+        """Send the other stage the new weights; copies, since the next update may write into the same memory."""
+        self._outgoing.send([parameter.detach().clone() for parameter in self._parameters])
+
+    def discard(self) -> None:
+        """Take what is still under way: gradients that come after the last update."""
+        for _ in range(self._under_way):
+            self._incoming.post(self._specs)
+        super().discard()
+
+
+class Ties:
+    """All ties of one stage.
+
+    Args:
+        copies: where it holds copies.
+        owned: where it is the owner.
+    """
+
+    def __init__(self, copies: Sequence[Copies] = (), owned: Sequence[Owned] = ()) -> None:
+        self._copies = copies
+        self._owned = owned
+
+    @classmethod
+    def of(
+        cls,
+        ties: Sequence[Tie],
+        stage: int,
+        schedule: Schedule,
+        own: Mapping[str, nn.Parameter],
+        ends: Mapping[Pair, TieEnds],
+    ) -> Ties:
+        """Those of one stage.
+
+        Args:
+            ties: of the whole module.
+            stage: this one.
+            schedule: tells when gradients are due.
+            own: the stage's trainable parameters, by name.
+            ends: of the lanes of each tie.
+        """
+        copies = [
+            Copies([own[name] for name in tie.names], ends[tie.user, tie.owner]) for tie in ties if tie.user == stage
+        ]
+        owned = [
+            Owned([own[name] for name in tie.names], ends[tie.user, stage], schedule.rows_late(tie.user, stage))
+            for tie in ties
+            if tie.owner == stage
+        ]
+        return cls(copies, owned)
+
+    def begin(self) -> None:
+        """Training begins."""
+        for each in (*self._copies, *self._owned):
+            each.begin()
+
+    def after_backward(self, waiting: Measure) -> None:
+        """A local step's backward is done: what others wait for first."""
+        for each in (*self._copies, *self._owned):
+            each.after_backward(waiting)
+
+    def after_update(self, waiting: Measure) -> None:
+        """A local step's update is done: what others wait for first."""
+        for each in (*self._owned, *self._copies):
+            each.after_update(waiting)
+
+    def settle(self) -> None:
+        """Training is over, on all stages after the same local step."""
+        # All send before any waits: three stages may be tied in a circle.
+        for each in (*self._copies, *self._owned):
+            each.send_last()
+        for each in (*self._copies, *self._owned):
+            each.discard()
+
+
+def _gradient_of(parameter: nn.Parameter) -> Tensor:
+    """Zeros if this mini-batch did not use it here."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
