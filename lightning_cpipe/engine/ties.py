@@ -39,8 +39,6 @@ class Measure(Protocol):
 class Tied(ABC):
     """One stage's side of a tie.
 
-    One receive is always posted ahead, so that the other stage's sends can start at once.
-
     Args:
         parameters: of the tie.
         ends: of its lanes.
@@ -51,10 +49,6 @@ class Tied(ABC):
         self._incoming, self._outgoing = ends
         self._specs = [TensorSpec.of(parameter) for parameter in parameters]
 
-    def begin(self) -> None:
-        """Training begins."""
-        self._incoming.post(self._specs)
-
     @abstractmethod
     def after_backward(self, waiting: Measure) -> None:
         """A local step's backward is done; the gradients are not clipped yet."""
@@ -63,12 +57,8 @@ class Tied(ABC):
     def after_update(self, waiting: Measure) -> None:
         """A local step's update is done."""
 
-    def send_last(self) -> None:
-        """Training is over: satisfy the receive that the other side has posted ahead."""
-        self._outgoing.send_filler(self._specs)
-
     def discard(self) -> None:
-        """Take what is still under way, and wait until everything sent has left."""
+        """Training is over, on all stages after the same local step: take what is under way."""
         while self._incoming.posted:
             self._incoming.receive()
         self._outgoing.flush()
@@ -76,12 +66,15 @@ class Tied(ABC):
     def _receive(self, waiting: Measure) -> Iterator[tuple[nn.Parameter, Tensor]]:
         with waiting():
             arrived = self._incoming.receive()
-        self._incoming.post(self._specs)
         return zip(self._parameters, arrived)
 
 
 class Copies(Tied):
-    """The side that holds copies."""
+    """The side that holds copies. The receive of the next weights is always posted."""
+
+    def begin(self) -> None:
+        """Training begins."""
+        self._incoming.post(self._specs)
 
     def after_backward(self, waiting: Measure) -> None:
         """Send the owner this mini-batch's gradients."""
@@ -91,13 +84,18 @@ class Copies(Tied):
 
     def after_update(self, waiting: Measure) -> None:
         """Take over the owner's weights."""
+        arrived = self._receive(waiting)
+        self._incoming.post(self._specs)
         with torch.no_grad():
-            for parameter, weights in self._receive(waiting):
+            for parameter, weights in arrived:
                 parameter.copy_(weights)
 
 
 class Owned(Tied):
     """The owner's side.
+
+    Every gradient is posted for in the local step of its mini-batch, some steps before it is added: the other stage
+    can send all that it has while the owner validates or saves.
 
     Args:
         parameters: of the tie.
@@ -107,13 +105,12 @@ class Owned(Tied):
 
     def __init__(self, parameters: Sequence[nn.Parameter], ends: TieEnds, late: int) -> None:
         super().__init__(parameters, ends)
-        self._under_way = 0
         self._late = late
 
     def after_backward(self, waiting: Measure) -> None:
         """Add the gradients that are due."""
-        if self._under_way < self._late:
-            self._under_way += 1
+        self._incoming.post(self._specs)
+        if self._incoming.posted <= self._late:
             return
         for parameter, gradient in self._receive(waiting):
             if parameter.grad is None:
@@ -125,11 +122,9 @@ class Owned(Tied):
         """Send the other stage the new weights; copies, since the next update may write into the same memory."""
         self._outgoing.send([parameter.detach().clone() for parameter in self._parameters])
 
-    def discard(self) -> None:
-        """Take what is still under way: gradients that come after the last update."""
-        for _ in range(self._under_way):
-            self._incoming.post(self._specs)
-        super().discard()
+    def send_last(self) -> None:
+        """Training is over: satisfy the receive of weights that will not come."""
+        self._outgoing.send_filler(self._specs)
 
 
 class Ties:
@@ -174,7 +169,7 @@ class Ties:
 
     def begin(self) -> None:
         """Training begins."""
-        for each in (*self._copies, *self._owned):
+        for each in self._copies:
             each.begin()
 
     def after_backward(self, waiting: Measure) -> None:
@@ -190,8 +185,8 @@ class Ties:
     def settle(self) -> None:
         """Training is over, on all stages after the same local step."""
         # All send before any waits: three stages may be tied in a circle.
-        for each in (*self._copies, *self._owned):
-            each.send_last()
+        for owned in self._owned:
+            owned.send_last()
         for each in (*self._copies, *self._owned):
             each.discard()
 

@@ -153,7 +153,9 @@ class Wiring:
         return lanes
 
     def _new_group(self, a: int, b: int) -> dist.ProcessGroup:
-        return dist.new_group([self._ranks[a], self._ranks[b]], timeout=NEVER, backend=self._backend)
+        ranks = [self._ranks[a], self._ranks[b]]
+        made: dist.ProcessGroup = dist.new_group(ranks, timeout=NEVER, backend=self._backend)
+        return made
 
     def _connected(self, ties: Sequence[Pair]) -> list[Pair]:
         """Connect these pairs, unless they are already; those that this stage belongs to."""

@@ -152,6 +152,19 @@ def test_extra_in_flight_multiplies_the_lag() -> None:
     assert Continuous(extra_in_flight=1).delay(0, 4, 50) == 6
 
 
+@pytest.mark.parametrize("extra", EXTRA)
+@EVERY_STAGE_COUNT
+def test_a_tied_gradient_has_a_slot_to_travel_and_not_two_rows(p: int, extra: int) -> None:
+    """In the steady state, from the end of the backward that made it to the end of the one after which it is added."""
+    schedule = Continuous(extra)
+    slots = clock(schedule.plan(p, 60))
+    for user, owner in itertools.combinations(range(p), 2):
+        late = schedule.rows_late(user, owner)
+        sent = slots[Action(Kind.BACKWARD, 30, user)]
+        added = slots[Action(Kind.BACKWARD, 30 + late, owner)]
+        assert 1 <= added - sent <= 2
+
+
 def test_accumulation_over_the_whole_lag_brings_the_delay_to_one_and_a_cut_one_to_two() -> None:
     p = 8
     whole = Continuous(accumulate=8)

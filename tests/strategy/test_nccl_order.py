@@ -66,6 +66,7 @@ class Case:
         accumulate: mini-batches per update.
         skip: whether two tensors cross each cut.
         save: whether checkpoints are saved while training streams.
+        tie: whether the first and the last stage share a weight.
     """
 
     p: int
@@ -74,11 +75,13 @@ class Case:
     accumulate: int = 1
     skip: bool = False
     save: bool = False
+    tie: bool = False
 
     def __str__(self) -> str:
         words = [f"p={self.p}"]
         words += ["further ahead"] * bool(self.extra_in_flight) + ["accumulating"] * (self.accumulate > 1)
         words += ["changing shapes"] * (len(set(self.sizes)) > 1) + ["skip"] * self.skip + ["saving"] * self.save
+        words += ["tied"] * self.tie
         return " ".join(words)
 
     @property
@@ -94,6 +97,7 @@ STEADY = [
     for p in (2, 3, 4)
     for case in (Case(p, save=True), Case(p, accumulate=3), Case(p, extra_in_flight=1), Case(p, skip=True))
 ]
+STEADY += [Case(2, tie=True), Case(3, extra_in_flight=1, tie=True), Case(4, accumulate=2, tie=True)]
 OTHERS = [Case(p, CHANGING, extra) for p, extra in ((2, 0), (3, 0), (3, 1), (4, 0))]
 
 every_case = pytest.mark.parametrize("case", [*STEADY, *OTHERS], ids=str)
@@ -109,6 +113,18 @@ class Skipping(Chain):
     def forward(self, x: Tensor) -> Tensor:
         kept = self.first(x)
         return self.net(kept) + kept
+
+
+class Sharing(Chain):
+    """The first block's weight is the last one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[-1].linear.weight = self.net[0].linear.weight
+
+
+TIE_LANES = ("tied gradients", "tied weights")
+WITH_TENSORS = (*TENSOR_LANES, *TIE_LANES)
 
 
 class Recorder:
@@ -137,8 +153,8 @@ class Recorder:
         Wiring.lanes = self._with_noted_records(Wiring.lanes)
 
     def _with_noted_records(self, make: Callable[..., Lanes]) -> Callable[..., Lanes]:
-        def lanes(wired: Wiring, in_flight: int) -> Lanes:
-            made = make(wired, in_flight)
+        def lanes(wired: Wiring, *asked: Any, **options: Any) -> Lanes:
+            made = make(wired, *asked, **options)
             for ends, kind in ((made.records_in, "wait"), (made.records_out, "send")):
                 for lane, records in ends.items():
                     upper = wired._stage - ((lane in UP) == (kind == "send"))
@@ -155,8 +171,13 @@ class Recorder:
         group = dist.new_group(ranks, backend="gloo", **options)
         if ranks is not None:
             upper, lane = divmod(self._numbers["lanes"], len(TENSOR_LANES))
+            last = dist.get_world_size() - 1
+            if upper < last:
+                self._lanes[id(group)] = upper, TENSOR_LANES[lane]
+            else:
+                # There is one tie.
+                self._lanes[id(group)] = tuple(last - rank for rank in ranks), TIE_LANES[lane]
             self._numbers["lanes"] += 1
-            self._lanes[id(group)] = upper, TENSOR_LANES[lane]
         return group
 
     def _isend(self, tensor: Tensor, dst: int, group: Any) -> Any:
@@ -220,7 +241,7 @@ def recorded(case: Case) -> list[list[Op]]:
     recorders: list[Recorder] = []
 
     def module() -> Chain:
-        return Skipping() if case.skip else Chain()
+        return Skipping() if case.skip else Sharing() if case.tie else Chain()
 
     def batches() -> DataLoader[Any]:
         recorders or recorders.append(Recorder())
@@ -326,9 +347,12 @@ def test_the_recorded_order_of_training_has_no_deadlock(case: Case, sends_wait: 
     assert not check_transfers(plan, sends_wait=sends_wait)
 
 
-def ends(lane: tuple[int, str]) -> tuple[int, int]:
+def ends(lane: tuple[Any, str]) -> tuple[int, int]:
     """The stages that send and receive on a lane."""
     upper, name = lane
+    if name in TIE_LANES:
+        user, owner = upper
+        return (user, owner) if name == "tied gradients" else (owner, user)
     return (upper + 1, upper) if name in UP else (upper, upper + 1)
 
 
@@ -358,7 +382,7 @@ def stuck(stages: list[list[Op]], *, sends_wait: bool) -> list[Op]:
         if op.kind not in ("send", "post", "wait", "wait_sent"):
             return True
         sender, receiver = ends(op.lane)
-        waits = sends_wait and op.lane[1] in TENSOR_LANES
+        waits = sends_wait and op.lane[1] in WITH_TENSORS
         if op.kind == "wait":
             return done(sender, op._replace(kind="send"))
         if op.kind == "wait_sent" or (op.kind == "send" and waits):
@@ -402,7 +426,7 @@ def test_training_and_evaluation_never_wait_for_what_they_sent(case: Case) -> No
     """On NCCL that would make the stage's own stream wait for its neighbour."""
     for stage, ops in enumerate(recorded(case)):
         last = max(place for place, op in enumerate(ops) if op.kind in ("B", "U"))
-        waits = [op for op in ops[:last] if op.kind == "wait_sent" and op.lane[1] in TENSOR_LANES and op.number > 0]
+        waits = [op for op in ops[:last] if op.kind == "wait_sent" and op.lane[1] in WITH_TENSORS and op.number > 0]
         assert not waits, f"stage {stage}"
 
 
@@ -414,10 +438,10 @@ def test_every_message_is_sent_posted_and_waited_for_once(case: Case) -> None:
         Counter(op._replace(kind="") for ops in stages for op in ops if op.kind == kind)
         for kind in ("send", "post", "wait", "wait_sent")
     )
-    tensors = Counter({op: count for op, count in sent.items() if op.lane[1] in TENSOR_LANES})
+    tensors = Counter({op: count for op, count in sent.items() if op.lane[1] in WITH_TENSORS})
     assert sent == waited
     assert tensors == posted == reaped
-    assert {op.lane[1] for op in sent} == {*TENSOR_LANES, *RECORD_LANES}
+    assert {op.lane[1] for op in sent} == {*TENSOR_LANES, *RECORD_LANES, *(TIE_LANES if case.tie else ())}
     assert set(sent.values()) == {1}
 
 

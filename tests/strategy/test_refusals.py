@@ -233,17 +233,6 @@ class SeveralOptimizers(Chain):
         return [SGD(block.parameters(), 0.1) for block in self.net]
 
 
-class TiedParameter(Chain):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net[3].linear.weight = self.net[0].linear.weight
-
-
-class TiedModule(Chain):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net[0](self.net(x))
-
-
 class Differing(pl.LightningDataModule):
     """Each rank has data of its own."""
 
@@ -258,8 +247,6 @@ class Differing(pl.LightningDataModule):
         (2, Chain, {"split_points": ["net.9"]}, ["CutError", "does not have: net.9", "could begin: net.0, net.1"]),
         (3, Chain, {"split_points": ["net.2"]}, ["CutError", "3 stages", "2 split points", "has 1"]),
         (3, Chain, {"split_points": ["net.3", "net.1"]}, ["CutError", "net.3, net.1", "Reorder `split_points`"]),
-        (2, TiedParameter, {}, ["CutError", "net.0.linear.weight", "stage 0", "stage 1", "not supported yet", "untie"]),
-        (2, TiedModule, {}, ["CutError", "'net.0' is called on both sides", "not supported yet", "untie"]),
         (2, Lbfgs, {}, ["MisconfigurationException", "LBFGS", "Use a first-order optimizer"]),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe import ContinuousPipeStrategy
-from tests.helpers.fits import fit_in_pipeline, require_same_bits
-from tests.helpers.modules import WIDTH, Block, Chain, make_optimizer, noise_loader
+from lightning_cpipe.stage.absent import AbsentParameter
+from tests.helpers.fits import fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer, require_same_bits
+from tests.helpers.modules import WIDTH, Chain, make_optimizer, noise_loader
 from tests.helpers.reference import train_delayed
 
 DEPTH = 4
@@ -75,7 +76,8 @@ def require_equal_to_reference(
     )[0]
     reference = module()
     per_epoch = len(seen.batches) // EPOCHS
-    updates = [(i % per_epoch + 1) % accumulate == 0 or i % per_epoch + 1 == per_epoch for i in range(len(seen.batches))]
+    places = [i % per_epoch + 1 for i in range(len(seen.batches))]
+    updates = [place % accumulate == 0 or place == per_epoch for place in places]
     losses = train_delayed(
         reference,
         stages_of(reference, p),
@@ -89,18 +91,104 @@ def require_equal_to_reference(
     require_same_bits(seen.weights, dict(reference.named_parameters()))
 
 
-@pytest.mark.parametrize("p", [2, 3, 4])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("p", "optimizer"),
+    [(2, "adamw"), (4, "sgd"), *(pytest.param(*each, marks=FULL) for each in ((2, "sgd"), (3, "sgd"), (4, "adamw")))],
+)
 def test_ties_equal_the_reference(p: int, optimizer: str) -> None:
     """The first stage's gradient comes so many rows later, and its copy is the owner's version of the same number."""
     require_equal_to_reference(Tied, p, optimizer)
 
 
-@pytest.mark.parametrize(("accumulate", "extra"), [(3, 0), (1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("accumulate", "extra"), [(3, 0), (1, 2), *(pytest.param(*each, marks=FULL) for each in ((1, 1), (2, 2)))]
+)
 def test_accumulated_and_further_ahead(accumulate: int, extra: int) -> None:
     require_equal_to_reference(Tied, 3, "sgd", accumulate, extra)
 
 
-@pytest.mark.parametrize("p", [3, 4])
+@pytest.mark.parametrize("p", [3, pytest.param(4, marks=FULL)])
 def test_ties_between_all_pairs(p: int) -> None:
+    """Where all stages wait for each other at the end, too."""
     require_equal_to_reference(TiedThrice, p, "adamw")
+
+
+class Copies(pl.Callback):
+    """Keeps what this rank holds of the tied weight after each of its updates."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        weight = pl_module.first.weight
+        if not isinstance(weight, AbsentParameter):
+            self.seen.append(weight.detach().clone())
+
+
+def copies(trainer: pl.Trainer, *_: Any) -> list[Tensor]:
+    return next(each.seen for each in trainer.callbacks if isinstance(each, Copies))
+
+
+def test_a_copy_is_the_owner_s_version_of_the_same_number_after_every_step() -> None:
+    seen = fit_in_pipeline(
+        3,
+        partial(Tied, "adamw"),
+        noise_loader,
+        strategy={"split_points": STARTS[3]},
+        callbacks=lambda: [Copies()],
+        look=copies,
+        max_epochs=2,
+        accumulate_grad_batches=2,
+    )
+    owners, none, others = (of_rank.found for of_rank in seen)
+    assert not none
+    assert len(owners) == len(others) == 2 * 8
+    assert all(torch.equal(a, b) for a, b in zip(owners, others))
+    assert len({float(each.sum()) for each in owners}) == 1 + 2 * 4, "it moved with every update"
+
+
+def test_a_fit_that_stops_early_leaves_nothing_on_its_way_for_the_next_and_is_saved_under_both_names(
+    tmp_path: Path,
+) -> None:
+    """Gradients of the last steps, and the receive of weights that never come, were under way."""
+
+    def fits(**options: Any) -> dict[str, Any]:
+        pl.seed_everything(7, verbose=False)
+        module, path = Tied("adamw"), tmp_path / "tied.ckpt"
+        trainer = quiet_trainer(max_steps=2, **options)
+        trainer.fit(module, noise_loader())
+        trainer.save_checkpoint(path)
+        trainer.fit_loop.epoch_loop.max_steps = 5
+        trainer.fit(module, noise_loader(), ckpt_path=path)
+        if not trainer.is_global_zero:
+            return {}
+        assert torch.equal(module.first.weight, module.head.weight)
+        assert module.first.weight is module.head.weight
+        return {"saved": torch.load(path)["state_dict"], "at_end": module.state_dict()}
+
+    found = in_pipeline(4, fits)[0]
+    for state in found.values():
+        assert torch.equal(state["first.weight"], state["head.weight"])
+    assert not torch.equal(found["saved"]["head.weight"], found["at_end"]["head.weight"])
+
+
+class CalledTwice(Chain):
+    """Ends with the norm that it begins with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.net(self.norm(x)))
+
+
+def test_a_module_may_be_called_on_several_stages() -> None:
+    """One that trains as fast as delay lets it."""
+    seen = fit_in_pipeline(3, CalledTwice, noise_loader, max_epochs=4)[0]
+    plain = fit_alone(CalledTwice, noise_loader, max_epochs=4)
+    assert seen.losses[0] == plain.losses[0]
+    assert sum(seen.losses[-8:]) < sum(seen.losses[:8])
