@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_cpipe.demos.warm_up import warmed_up_adamw
+
 VOCABULARY = 128
 """Characters beyond ASCII are read as a question mark."""
 
@@ -114,11 +116,7 @@ class CharGPT(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a linear warm-up."""
-        optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps))
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return warmed_up_adamw(self.parameters(), self.learning_rate, self.warmup_steps)
 
 
 class TextWindows(Dataset[Tensor]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -14,24 +15,35 @@ import pytest
 import torch
 import yaml
 
+# Imported when such a model is made: forked ranks would each do so.
+from transformers.models.llama import modeling_llama as _  # noqa: F401
+
 from lightning_cpipe.cli.main import main
 from lightning_cpipe.demos.char_gpt import CharGPT
 from lightning_cpipe.demos.digits import DigitsClassifier
+from lightning_cpipe.demos.hf_causal_lm import HFCausalLM
 from tests.helpers.commands import ROOT, SMALL, Finished, cpipe
 
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
 CHAR_GPT = str(ROOT / "recipes" / "char_gpt.yaml")
+HF_CAUSAL_LM = str(ROOT / "recipes" / "hf_causal_lm.yaml")
 TELL = "--trainer.callbacks+=tests.helpers.commands.Tell"
-TINY_GPT = (
-    "--model.layers=4",
-    "--model.width=16",
-    "--model.length=16",
+SHORT_TEXT = (
     "--data.length=16",
     "--data.batch_size=4",
     "--trainer.max_steps=4",
     "--trainer.val_check_interval=2",
     "--trainer.limit_val_batches=2",
     "--trainer.enable_progress_bar=false",
+)
+TINY_GPT = ("--model.layers=4", "--model.width=16", "--model.length=16", *SHORT_TEXT)
+TINY_LLAMA = (
+    "--model.config.hidden_size=16",
+    "--model.config.intermediate_size=24",
+    "--model.config.num_hidden_layers=2",
+    "--model.config.num_attention_heads=2",
+    "--model.config.num_key_value_heads=2",
+    *SHORT_TEXT,
 )
 
 
@@ -124,9 +136,34 @@ def test_another_recipe_trains_with_pieces_laid_over_it() -> None:
     assert CharGPT.load_from_checkpoint(places["checkpoint"]).hparams["layers"] == 4
 
 
+def test_the_recipe_of_a_foreign_model_trains_in_a_pipeline() -> None:
+    first, *others = cpipe("fit", "--config", HF_CAUSAL_LM, *TINY_LLAMA, "--trainer.devices=2", TELL, ranks=2)
+    for rank in (first, *others):
+        assert (rank.status, rank.error) == (0, "")
+        assert "ContinuousPipeStrategy runs HFCausalLM on 2" in rank.out
+        assert "after step 4" in rank.out
+    places = lines_of(first.out)
+    assert re.search(r"\.ckpt \(val_loss \d\.\d{4}\)$", first.out, re.MULTILINE)
+    module = HFCausalLM.load_from_checkpoint(places["checkpoint"])
+    assert module.model.config.num_hidden_layers == 2
+    assert math.isfinite(module(torch.zeros(1, 16, dtype=torch.int64)).loss.item())
+
+
+def test_without_transformers_its_recipe_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, HFCausalLM.__module__)
+    (found,) = cpipe("fit", "--config", HF_CAUSAL_LM)
+    assert found.status == 2
+    assert "HFCausalLM needs transformers: `pip install 'lightning-cpipe[hf]'`." in found.err
+
+
 @pytest.mark.parametrize(
     ("recipe", "small", "module"),
-    [(DIGITS, SMALL, "DigitsClassifier"), (CHAR_GPT, TINY_GPT, "CharGPT")],
+    [
+        (DIGITS, SMALL, "DigitsClassifier"),
+        (CHAR_GPT, TINY_GPT, "CharGPT"),
+        (HF_CAUSAL_LM, TINY_LLAMA, "HFCausalLM"),
+    ],
 )
 def test_a_recipe_trains_in_plain_lightning(recipe: str, small: tuple[str, ...], module: str) -> None:
     """With all its callbacks."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import pytest
 import torch
 from torch import nn
 
-import lightning_cpipe.demos.char_gpt as demo
 from lightning_cpipe.demos.char_gpt import VOCABULARY, CharData, CharGPT, TextWindows, read_text, text_fingerprint
 from tests.helpers.fits import quiet_trainer
 
@@ -135,7 +133,3 @@ def test_blocks_are_the_children_of_one_list() -> None:
     module = gpt(layers=5)
     assert isinstance(module.blocks, nn.ModuleList)
     assert len(module.blocks) == 5
-
-
-def test_the_demo_knows_nothing_of_pipelines() -> None:
-    assert "lightning_cpipe" not in inspect.getsource(demo)
