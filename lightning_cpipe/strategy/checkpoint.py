@@ -7,6 +7,7 @@ the module is cut, and parts are joined by the names of parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,6 +17,9 @@ from torch.optim import Optimizer
 from lightning_cpipe.tree import map_tensors
 
 State = dict[str, Any]
+
+_GIVEN_NAMES = "param_names"
+"""Where a group keeps the names of its parameters if the optimizer was given `named_parameters()`, since torch 2.6."""
 
 
 class GroupOrder:
@@ -35,6 +39,7 @@ class GroupOrder:
                 " them out of the optimizer."
             )
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+        self.given_names = [_given_names(group) for group in optimizer.param_groups]
 
     @property
     def numbers(self) -> dict[str, int]:
@@ -46,7 +51,9 @@ def keep_own_parameters(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> No
     """Leave in the optimizer's groups what lives on this stage; groups stay, if need be empty."""
     ids = {id(parameter) for parameter in own}
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) in ids]
+        kept = [id(parameter) in ids for parameter in group["params"]]
+        group.update(_given_names(group, kept))
+        group["params"] = list(compress(group["params"], kept))
 
 
 def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> State:
@@ -59,8 +66,8 @@ def whole_optimizer_state(own: State, everyones: Sequence[State], order: GroupOr
     numbers = order.numbers
     state = {numbers[name]: value for part in everyones for name, value in part.items()}
     groups = [
-        {**group, "params": [numbers[name] for name in names]}
-        for group, names in zip(own["param_groups"], order.groups)
+        {**group, **given_names, "params": [numbers[name] for name in names]}
+        for group, given_names, names in zip(own["param_groups"], order.given_names, order.groups)
     ]
     return {"state": dict(sorted(state.items())), "param_groups": groups}
 
@@ -75,15 +82,23 @@ def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, n
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     for group, saved_group, group_names in zip(optimizer.param_groups, saved["param_groups"], order.groups):
-        number_of = dict(zip(group_names, saved_group["params"]))
+        own_names = {names[id(parameter)] for parameter in group["params"]}
+        kept = [name in own_names for name in group_names]
         numbers: list[int] = []
-        for parameter in group["params"]:
+        for number in compress(saved_group["params"], kept):
             own_number = sum(len(each["params"]) for each in groups) + len(numbers)
-            if (found := saved["state"].get(number_of[names[id(parameter)]])) is not None:
+            if (found := saved["state"].get(number)) is not None:
                 state[own_number] = found
             numbers.append(own_number)
-        groups.append({**saved_group, "params": numbers})
+        groups.append({**saved_group, **_given_names(saved_group, kept), "params": numbers})
     return {"state": state, "param_groups": groups}
+
+
+def _given_names(group: State, kept: Sequence[bool] | None = None) -> State:
+    """The names that a group was given for its parameters, for those that are `kept`; nothing if it was given none."""
+    if _GIVEN_NAMES not in group:
+        return {}
+    return {_GIVEN_NAMES: list(group[_GIVEN_NAMES] if kept is None else compress(group[_GIVEN_NAMES], kept))}
 
 
 def _require_same_sizes(saved: list[int], own: list[int]) -> None:
