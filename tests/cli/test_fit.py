@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -22,6 +23,8 @@ from lightning_cpipe.cli.main import main
 from lightning_cpipe.demos.char_gpt import CharGPT
 from lightning_cpipe.demos.digits import DigitsClassifier
 from lightning_cpipe.demos.hf_causal_lm import HFCausalLM
+from lightning_cpipe.equality import same_bits
+from lightning_cpipe.tree import flatten
 from tests.helpers.commands import ROOT, SMALL, Finished, cpipe
 
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
@@ -175,6 +178,26 @@ def test_a_recipe_trains_in_plain_lightning(recipe: str, small: tuple[str, ...],
     assert "after step 4" in found.out
     assert {"logs", "checkpoint"} <= set(lines_of(found.out))
     assert all(Path(place).exists() for place in lines_of(found.out).values())
+
+
+def test_optimizer_and_scheduler_of_the_command_line() -> None:
+    """They replace the module's own; one update has no delay, so it is that of plain Lightning."""
+    csv, plain = (str(ROOT / "configs" / name) for name in ("logger/csv.yaml", "strategy/none.yaml"))
+    words = ["fit", "--config", DIGITS, "--config", csv, *SMALL, "--trainer.accumulate_grad_batches=4"]
+    words += ["--model.depth=4", "--model.width=16", "--model.dropout=0"]
+    words += ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
+    words += ["--optimizer=AdamW", "--optimizer.lr=0.02", "--optimizer.weight_decay=0.5"]
+    words += ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.5"]
+    runs = [cpipe(*words, "--trainer.devices=2", ranks=2), cpipe(*words, "--config", plain)]
+    for rank in itertools.chain(*runs):
+        assert (rank.status, rank.error) == (0, "")
+    ours, theirs = (torch.load(lines_of(run[0].out)["checkpoint"], weights_only=False) for run in runs)
+    assert same_bits(flatten(ours["state_dict"])[0], flatten(theirs["state_dict"])[0])
+    assert same_bits(flatten(ours["optimizer_states"])[0], flatten(theirs["optimizer_states"])[0])
+    (group,) = ours["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (0.02, 0.5)
+    assert ours["lr_schedulers"] == theirs["lr_schedulers"]
+    assert ours["lr_schedulers"][0]["gamma"] == 0.5
 
 
 @pytest.mark.full
