@@ -15,12 +15,15 @@ from lightning_cpipe.stage.cut import Cut
 def keep_only(root: nn.Module, cut: Cut, stage: int) -> None:
     """Keep the weights of one stage; the others are absent from here on, and their memory is free."""
     for name, parameter in list(root.named_parameters()):
-        if stage in cut.homes[name]:
-            continue
-        if name in cut.stand_ins[stage]:
-            parameter.requires_grad_(False)
-        else:
+        if stage not in cut.homes[name] and name not in cut.stand_ins[stage]:
             _replace(root, parameter, AbsentParameter.of(parameter, name, cut.homes[name][0], stage))
+    freeze_stand_ins(root, cut, stage)
+
+
+def freeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:
+    """Let nothing be trained that stands on this stage for another's."""
+    for name in cut.stand_ins[stage]:
+        root.get_parameter(name).requires_grad_(False)
 
 
 def unfreeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:

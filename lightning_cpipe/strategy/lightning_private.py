@@ -6,6 +6,7 @@ compares the names and their behaviour with what is written below, and fails by 
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -70,6 +72,7 @@ __all__ = [
     "take_over_signals",
     "training_arguments",
     "updates_after_this_batch",
+    "with_column",
 ]
 
 Loop = TypeVar("Loop")
@@ -271,6 +274,56 @@ def start_children(launcher: SubprocessScriptLauncher) -> None:
     launcher._call_children_scripts()
 
 
+def with_column(
+    callback: ModelSummary, header: str, cells: Callable[[list[str]], list[str]]
+) -> list[Callable[[], None]]:
+    """Put one more column into the tables of a summary.
+
+    Args:
+        callback: prints the summary.
+        header: of the column, which comes after that of the numbers of parameters.
+        cells: makes them for the names in the table.
+
+    Returns:
+        Functions that undo it.
+    """
+    makes_summary, prints = callback._summary, callback.summarize
+
+    def summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        made = makes_summary(trainer, pl_module)
+        makes_columns = made._get_summary_data
+
+        def columns() -> list[tuple[str, list[str]]]:
+            found = makes_columns()
+            known = dict(found)
+            found.insert(list(known).index(_PARAMETERS) + 1, (header, cells(known["Name"])))
+            return found
+
+        instead_of(made, "_get_summary_data", columns)
+        return made
+
+    def summarize(*args: Any, **kwargs: Any) -> None:
+        # Rich's table gets the columns that are known to Lightning, whatever is in the rows.
+        rich: Any = importlib.import_module("rich.table")
+        adds_column = rich.Table.add_column
+
+        def add_column(table: Any, name: Any = "", *args: Any, **kwargs: Any) -> None:
+            adds_column(table, name, *args, **kwargs)
+            if name == _PARAMETERS:
+                adds_column(table, header)
+
+        undo = instead_of(rich, "Table", type("Table", (rich.Table,), {"add_column": add_column}))
+        try:
+            prints(*args, **kwargs)
+        finally:
+            undo()
+
+    undo = [instead_of(callback, "_summary", summary)]
+    if isinstance(callback, RichModelSummary):
+        undo.append(instead_of(callback, "summarize", summarize))
+    return undo
+
+
 def instead_of(owner: Any, name: str, function: Callable[..., Any] | None) -> Callable[[], None]:
     """Call `function` instead of the owner's method `name`, until the returned function is called."""
     before = owner.__dict__.get(name, _NOT_THERE)
@@ -286,3 +339,6 @@ def instead_of(owner: Any, name: str, function: Callable[..., Any] | None) -> Ca
 
 
 _NOT_THERE = object()
+
+_PARAMETERS = "Params"
+"""The header of the numbers of parameters in a summary."""

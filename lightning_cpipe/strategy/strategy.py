@@ -61,6 +61,7 @@ from lightning_cpipe.strategy.run_at_hand import RunAtHand
 from lightning_cpipe.strategy.sharing import share
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
+from lightning_cpipe.strategy.summaries import show_stages
 from lightning_cpipe.strategy.whole import Whole
 from lightning_cpipe.tree import flatten
 
@@ -325,7 +326,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         stage_run = StageRun(StageModule(module, cut, self.stage, self.root_device), lanes, self.timeline)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
-        undo = arrange_hooks(trainer, module, cut, sharing) if self.num_stages > 1 else []
+        undo: list[Callable[[], None]] = []
+        if self.num_stages > 1:
+            undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stage)
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
             training = steps.begin_training(self._schedule)

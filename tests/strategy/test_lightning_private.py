@@ -21,6 +21,7 @@ import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from torch import nn
@@ -39,6 +40,7 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
     training_arguments,
     updates_after_this_batch,
+    with_column,
 )
 from lightning_cpipe.strategy.loops import install_loops
 from tests.helpers.fits import quiet_trainer
@@ -63,6 +65,8 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.fabric.utilities.distributed._set_num_threads_if_needed": ("num_processes",),
     "lightning.fabric.utilities.optimizer._optimizers_to_device": ("optimizers", "device"),
     "lightning.fabric.utilities.types._PATH": None,
+    "lightning.pytorch.callbacks.ModelSummary()._summary": ("trainer", "pl_module"),
+    "lightning.pytorch.utilities.model_summary.ModelSummary(module)._get_summary_data": (),
     "lightning.pytorch.loops.fetchers._DataFetcher": None,
     "lightning.pytorch.loops.fetchers._DataFetcher()._start_profiler": (),
     "lightning.pytorch.loops.fetchers._DataFetcher()._stop_profiler": (),
@@ -459,6 +463,23 @@ def test_what_stands_instead_of_a_method_can_be_taken_away() -> None:
     assert isinstance(module.configure_optimizers(), torch.optim.Optimizer)
     assert module.extra_state_of_the_test == "own"
     assert "configure_optimizers" not in vars(module)
+
+
+def test_a_summary_has_one_more_column_until_it_is_undone() -> None:
+    callback = ModelSummary()
+    undo = with_column(callback, "Length", lambda names: [str(len(name)) for name in names])
+    columns = callback._summary(**_of_summary())._get_summary_data()
+    assert [name for name, _ in columns][1:5] == ["Name", "Type", "Params", "Length"]
+    assert dict(columns)["Length"] == ["3"]
+    for each in undo:
+        each()
+    assert "Length" not in dict(callback._summary(**_of_summary())._get_summary_data())
+    assert not {"_summary", "summarize"} & vars(callback).keys()
+
+
+def _of_summary() -> dict[str, Any]:
+    given = attached()
+    return {"trainer": given["trainer"], "pl_module": given["module"]}
 
 
 def test_callbacks_are_the_trainers() -> None:
