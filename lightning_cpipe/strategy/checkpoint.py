@@ -48,8 +48,11 @@ class GroupOrder:
 
 
 def keep_own_parameters(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> None:
-    """Leave in the optimizer's groups what lives on this stage; groups stay, if need be empty."""
+    """Leave in the optimizer what lives on this stage; groups stay, if need be empty."""
     ids = {id(parameter) for parameter in own}
+    # Some optimizers, such as Adagrad, make it for all parameters at once.
+    for parameter in [each for each in optimizer.state if id(each) not in ids]:
+        del optimizer.state[parameter]
     for group in optimizer.param_groups:
         kept = [id(parameter) in ids for parameter in group["params"]]
         group.update(_given_names(group, kept))

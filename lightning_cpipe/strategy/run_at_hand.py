@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_cpipe.strategy.checkpoint import State
@@ -21,14 +21,14 @@ class RunAtHand:
         steps: its steps.
         sharing: its share in the talk of what the last stage logs and decides.
         whole: its share in the whole module; None where there is one stage.
-        undo: leaves Lightning's objects as they were; called in reverse.
+        undo: leaves Lightning's objects as they were; called in reverse, each once.
     """
 
     stage_run: StageRun
     steps: Steps
     sharing: Sharing
     whole: Whole | None
-    undo: Sequence[Callable[[], None]]
+    undo: list[Callable[[], None]]
 
     def end(self) -> list[State] | None:
         """All went well: take what is under way to its end, and make the module on rank 0 whole again.
@@ -47,5 +47,6 @@ class RunAtHand:
         self.stage_run.module.remove()
 
     def _let_go(self) -> None:
-        for each in reversed(self.undo):
-            each()
+        # Where `end` fails, `break_off` follows.
+        while self.undo:
+            self.undo.pop()()

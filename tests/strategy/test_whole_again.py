@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.errors import AbsentWeightError
+from lightning_cpipe.errors import AbsentWeightError, RankLostError
+from lightning_cpipe.strategy.run_at_hand import RunAtHand
 from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer, require_plain_results
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
@@ -102,3 +104,15 @@ def test_the_weights_of_rank_0_count() -> None:
     assert first[0] == plain[0]
     assert all(torch.equal(value, plain[1][name]) for name, value in first[1].items())
     assert all(losses == plain[0] for losses, _ in others)
+
+
+def test_what_was_undone_before_the_end_failed_is_not_undone_again() -> None:
+    """Lightning tears down once more then, and a second error would hide the first."""
+    undone: list[str] = []
+    whole = mock.Mock(put_together=mock.Mock(side_effect=RankLostError("rank 1 is lost", 1)))
+    undo = [lambda: undone.append("first"), lambda: undone.append("second")]
+    run = RunAtHand(mock.Mock(), mock.Mock(), mock.Mock(), whole, undo)
+    with pytest.raises(RankLostError):
+        run.end()
+    run.break_off()
+    assert undone == ["second", "first"]
