@@ -18,7 +18,7 @@ from lightning_cpipe.strategy.summaries import stages_of
 from tests.helpers.fits import alone, in_pipeline, quiet_trainer
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
-HOMES = {"net.0.weight": (0,), "net.0.bias": (0,), "net.1.weight": (1,), "net.10.weight": (3,), "scale": (0, 2, 3)}
+HOMES = {"net.0.weight": (0,), "net.0.bias": (0,), "net.1.weight": (1,), "net.10.weight": (3,), "scale": (3, 0, 2)}
 
 
 @pytest.mark.parametrize(
