@@ -85,15 +85,15 @@ class Structure:
         return self.spec.num_leaves + sum(fields.structure.num_leaves - 1 for _, fields in self.dataclasses)
 
 
-def flatten(tree: Any) -> tuple[list[Any], Structure]:
-    """The leaves of a nested structure in order, and how to build it again."""
-    outer, spec = pytree.tree_flatten(tree)
+def flatten(tree: Any, closed: tuple[type, ...] = ()) -> tuple[list[Any], Structure]:
+    """The leaves of a nested structure in order, and how to build it again; objects of `closed` classes are leaves."""
+    outer, spec = pytree.tree_flatten(tree, (lambda node: isinstance(node, closed)) if closed else None)
     leaves: list[Any] = []
     taken_apart = []
     for position, leaf in enumerate(outer):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             names = tuple(field.name for field in dataclasses.fields(leaf))
-            inner, structure = flatten([getattr(leaf, name) for name in names])
+            inner, structure = flatten([getattr(leaf, name) for name in names], closed)
             taken_apart.append((position, _Fields(type(leaf), names, structure)))
             leaves += inner
         else:

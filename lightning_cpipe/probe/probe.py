@@ -8,9 +8,9 @@ with the recorded numbers in place of what comes before it:
 2. Some values cross without a gradient: an argmax, a mask. So the stage is run again with random numbers in all that
    is not received. Whatever it sends, its loss, what it logs and returns and the buffers it writes must be the same
    bits. What makes a difference is received too.
-3. With ``check="full"`` the stages are run one after the other, two steps in a row, and loss and gradients compared
-   with the whole module's. It catches what no random numbers can, such as a block that leaves a tensor on an
-   attribute, or a count that the end of a step keeps for the beginning of the next.
+3. The stages are run one after the other, two steps in a row, and compared with the whole module: loss, what is logged
+   and returned and, with ``check="full"``, all gradients. It catches what no random numbers can, such as a count that
+   the end of a step keeps for the beginning of the next, or a hook on a tensor.
 
 The probe changes nothing: not the module, not the generators.
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Literal
@@ -26,21 +27,20 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lightning_cpipe.equality import close
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.homes import Homes
-from lightning_cpipe.probe.step import Observed, RecordedStep, Step, find_draws
+from lightning_cpipe.probe.step import RecordedStep, Step, find_draws
 from lightning_cpipe.probe.survey import Survey
 from lightning_cpipe.probe.trial import NOTHING, Traces, Trial
 from lightning_cpipe.probe.uncut import compare_with_uncut, refusal
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.tree import TemplateTable, flatten
+from lightning_cpipe.tree import TemplateTable
 
 Check = Literal["auto", "full", "fills"]
 
 FULL_CHECK_BELOW = 50_000_000
-"""With ``check="auto"``, modules with fewer parameters than this are compared with the uncut module."""
+"""With ``check="auto"``, gradients of modules with fewer parameters than this are compared with the uncut module's."""
 
 
 def probe(
@@ -71,14 +71,15 @@ def probe(
         cutters = [_Cutter(root, each, owners, unchanging, writers, starts, device) for each in recorded]
         homes = Homes(root, len(starts) + 1, _called_on(cutters), trains)
         for cutter in cutters:
-            with isolation.of(cutter.seed):
+            with _naming_the_cut(starts), isolation.of(cutter.seed):
                 cutter.follow_gradients(homes)
         homes.require_few_ties()
         for cutter in cutters:
-            with isolation.of(cutter.seed):
+            with _naming_the_cut(starts), isolation.of(cutter.seed):
                 cutter.follow_numbers(homes)
-                if starts and (check == "full" or (check == "auto" and _size(root) < FULL_CHECK_BELOW)):
-                    cutter.compare_all()
+                if starts:
+                    full = check == "full" or (check == "auto" and _size(root) < FULL_CHECK_BELOW)
+                    cutter.compare_all(with_gradients=full)
     finally:
         isolation.remove()
     return Cut(
@@ -165,19 +166,25 @@ class _Cutter:
         for stage in reversed(range(len(self._stubs))):
             with self._trial(stage, sends) as trial:
                 if self._starts:
-                    self._require_recorded(trial)
+                    self._require_right(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
                 self._passages.insert(
                     0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends)
                 )
 
-    def compare_all(self) -> None:
-        """Compare the stages with the uncut module, gradients included."""
+    def compare_all(self, with_gradients: bool) -> None:
+        """Compare the stages with the uncut module."""
         with self._explained():
             difference = compare_with_uncut(
-                self._root, self._recorded.step, self._passages, self._templates, self._device
+                self._root,
+                self._recorded,
+                self._passages,
+                self._templates,
+                self._device,
+                with_gradients=with_gradients,
             )
-        self._require_same(difference)
+        if difference is not None:
+            raise self._refusal(f"{difference} of {self.name} differs from the uncut module's")
 
     def cut(self) -> StepCut:
         """What was found."""
@@ -195,15 +202,19 @@ class _Cutter:
     def _trial(self, stage: int, sends: tuple[Crossing, ...]) -> Iterator[Trial]:
         end = self._starts[stage] if stage < len(self._starts) else None
         passage = Passage(stage, end, self._stubs[stage], sends=sends)
+        with self._opened(passage) as trial, self._explained(passage):
+            yield trial
+
+    @contextmanager
+    def _opened(self, passage: Passage) -> Iterator[Trial]:
         trial = Trial(self._root, self._recorded, passage, self._templates, self._device)
         try:
-            with self._explained():
-                yield trial
+            yield trial
         finally:
             trial.close()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, passage: Passage | None = None) -> Iterator[None]:
         """The step ran as a whole; if it fails in stages, the cut is the reason."""
         try:
             yield
@@ -211,7 +222,7 @@ class _Cutter:
             raise
         except Exception as error:
             what = f"a stage of {self.name} fails where the uncut module does not ({type(error).__name__}: {error})"
-            raise refusal(what, self._starts, self._suspects()) from error
+            raise self._refusal(what, passage) from error
 
     def _settle(self, trial: Trial, stand_ins: frozenset[str]) -> tuple[Crossing, ...]:
         """What a stage receives."""
@@ -229,23 +240,34 @@ class _Cutter:
             needed |= set(culprits)
         return tuple(Crossing(v, v in gradient, self._rewritten(v)) for v in trial.values if v in needed)
 
-    def _require_recorded(self, trial: Trial) -> None:
-        """A stage, given the recorded numbers, must make what the whole module made."""
-        result = trial.result()
-        if isinstance(result, Observed):
-            made, whole = (each.facts for each in (result, self._recorded.observed))
-            what = "the loss, a logged value or the output"
-        else:
-            values = [sent.value for sent in trial.passage.sends]
-            recorded = self._recorded.recording.values(dict.fromkeys((value.module for value in values), None))
-            made, whole = result, [recorded[value] for value in values]
-            what = f"what stage {trial.passage.stage} sends"
-        self._require_same(None if close(flatten(made)[0], flatten(whole)[0]) else what)
+    def _require_right(self, trial: Trial) -> None:
+        if not trial.is_right():
+            last = trial.passage.end is None
+            what = "the loss, a logged value or the output" if last else f"what stage {trial.passage.stage} sends"
+            raise self._refusal(f"{what} of {self.name} differs from the uncut module's", trial.passage)
 
-    def _require_same(self, difference: str | None) -> None:
-        if difference is not None:
-            what = f"{difference} of {self.name} differs from the uncut module's"
-            raise refusal(what, self._starts, self._suspects())
+    def _refusal(self, what: str, passage: Passage | None = None) -> CutError:
+        return refusal(what, [] if passage is None else self._origins(passage), self._suspects())
+
+    def _origins(self, passage: Passage) -> list[str]:
+        """The stubs without which the stage would be right: those that do more than to return something.
+
+        First all of them run for real; then each that may be a stub all the same becomes one again.
+        """
+        origins = list(passage.stubs)
+        for name in ("", *passage.stubs):
+            fewer = [origin for origin in origins if origin != name]
+            stubs = {stub: calls for stub, calls in passage.stubs.items() if stub not in fewer}
+            try:
+                with self._opened(replace(passage, stubs=stubs)) as trial:
+                    right = trial.is_right()
+            except Exception:
+                right = False
+            if right:
+                origins = fewer
+            elif not name:
+                return []
+        return origins
 
     def _rewritten(self, value: Value) -> bool:
         return self._recorded.recording.rewritten(value)
@@ -254,6 +276,14 @@ class _Cutter:
         """The attributes that the step changes; buffers of stubs are where they belong."""
         changes = [(self._root.get_submodule(module), module, key) for module, key in self._recorded.changes]
         return [f"{name}.{key}" if name else key for module, name, key in changes if key not in module._buffers]
+
+
+@contextmanager
+def _naming_the_cut(starts: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except CutError as error:
+        raise CutError(f"cut at {', '.join(starts)}: {error}" if starts else str(error)) from error
 
 
 def _called_on(cutters: Sequence[_Cutter]) -> dict[str, tuple[int, ...]]:

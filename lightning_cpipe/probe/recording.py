@@ -159,7 +159,7 @@ class _Recorder:
     def _exit(self, module: nn.Module, args: Any, output: Any) -> None:
         call, generator = self._open.pop()
         call.exit = self._tick()
-        call.template, live = described(output)
+        call.template, live = described(output, call.module)
         call.drew = not same_torch_state(generator, get_torch_state())
         call.tensors = tuple(leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in live)
         self._outputs.append((call, live, [leaf._version for leaf in live]))

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.equality import close, same_leaf
 from lightning_cpipe.probe.recording import Recording, record
 from lightning_cpipe.probe.untouched import Place, untouched
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.randomness import get_state, same_state, seeded
-from lightning_cpipe.tree import Signature
+from lightning_cpipe.tree import Signature, flatten
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Observed:
 
     @property
     def facts(self) -> list[Any]:
-        """Everything that must not depend on the cut."""
-        return [self.loss, self.output, self.logged]
+        """Everything that must not depend on the cut, as a flat list without graphs."""
+        leaves, _ = flatten([self.loss, self.output, self.logged])
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,24 @@ class RecordedStep:
             isolation.remove()
         with untouched(root):
             self.draws = bool(draws.modules) or step.draws()
+        with untouched(root):
+            again = step.run().facts
         self.recording: Recording = recording
         self.observed: Observed = observed
+        self._clocks = {
+            place
+            for place, (a, b) in enumerate(zip(observed.facts, again))
+            if not isinstance(a, Tensor) and not same_leaf(a, b)
+        }
+
+    def alike(self, made: list[Any], whole: list[Any]) -> bool:
+        """Whether these facts of the step are the same up to rounding.
+
+        A plain number that another run makes differently was read off a clock, and says nothing.
+        """
+        return len(made) == len(whole) and all(
+            place in self._clocks or close([a], [b]) for place, (a, b) in enumerate(zip(made, whole))
+        )
 
     @cached_property
     def writes_buffers(self) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,7 +20,7 @@ from lightning_cpipe.probe.step import Observed, RecordedStep
 from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
-from lightning_cpipe.tree import TemplateTable, flatten, tensors_in
+from lightning_cpipe.tree import TemplateTable, tensors_in
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,22 @@ class Trial:
             tuple(name for (name, _), yes in zip(weights, gets[len(differentiable) :]) if yes),
         )
 
-    def result(self) -> Any:
-        """What the stage returns or sends when its stubs hold the recorded numbers."""
+    def is_right(self) -> bool:
+        """Whether the stage, given the recorded numbers, makes what the whole module made.
+
+        The whole module runs before with other weights: what it leaves where no snapshot reaches, such as a global
+        variable or a class, holds other numbers then than in the recorded run, and on a rank of its own would be
+        missing.
+        """
+        if self._step.trains:
+            with suppress(Exception), untouched(self._root), _turned(self._root):
+                self._step.run()
         with untouched(self._root):
-            return self._replayed(self.values)
+            made = self._replayed(self.values)
+            if isinstance(made, Observed):
+                return self._recorded.alike(made.facts, self._recorded.observed.facts)
+            recorded = self._recorded.recording.values({sent.value.module: None for sent in self.passage.sends})
+            return close(made, [recorded[sent.value] for sent in self.passage.sends])
 
     def depends_on_weights(self, names: Iterable[str]) -> bool:
         """Whether the results change when random numbers stand in these parameters."""
@@ -155,8 +167,8 @@ class Trial:
         with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
             result = self._replayed(received)
             written = chain.from_iterable(_read_by_others(self._root, before).values())
-        facts = result.facts if isinstance(result, Observed) else result
-        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in (*flatten(facts)[0], *written)]
+        made = result.facts if isinstance(result, Observed) else [tensor.detach().clone() for tensor in result]
+        return [*made, *(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in written)]
 
     def _baseline(self) -> _Baseline:
         return _Baseline(self._outcome({}), self._outcome({}))
@@ -228,6 +240,21 @@ def _random_weights(root: nn.Module, names: Iterable[str], generator: torch.Gene
     finally:
         for parameter, data in saved:
             parameter.data = data
+
+
+@contextmanager
+def _turned(root: nn.Module) -> Iterator[None]:
+    """The numbers in each trainable weight are in other places and negative, without memory for a second copy."""
+    with ExitStack() as undo:
+        for parameter in root.parameters():
+            if parameter.requires_grad:
+                undo.callback(_turn, parameter.data, -1)
+                _turn(parameter.data, 1)
+        yield
+
+
+def _turn(numbers: Tensor, places: int) -> None:
+    numbers.copy_(-numbers.roll(places))
 
 
 def _read_by_others(root: nn.Module, before: Snapshot) -> dict[Place, list[Any]]:

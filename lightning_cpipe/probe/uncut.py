@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,57 +11,68 @@ from torch import Tensor, nn
 from lightning_cpipe.equality import close
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.gradients import gradients
-from lightning_cpipe.probe.step import Observed, Step
+from lightning_cpipe.probe.step import RecordedStep, Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.cut import Passage
 from lightning_cpipe.stage.replay import Replay, Replayed
-from lightning_cpipe.tree import TemplateTable, flatten
+from lightning_cpipe.tree import TemplateTable
 
 
 def compare_with_uncut(
     root: nn.Module,
-    step: Step,
+    recorded: RecordedStep,
     passages: Sequence[Passage],
     templates: TemplateTable,
     device: torch.device,
+    *,
+    with_gradients: bool,
 ) -> str | None:
     """What differs between the stages' results and the whole module's; None if nothing does.
 
-    Loss, logged values, output and every gradient are compared, up to rounding: a gradient that comes together from
-    several stages is summed in another order. The step is run twice in a row, since it may keep something for the
-    next one.
+    Loss, logged values and output are compared, up to rounding, of two steps in a row, since a step may keep something
+    for the next one. So is every gradient of the first, if asked for: one that comes together from several stages is
+    summed in another order.
     """
+    step = recorded.step
     weights = [(name, parameter) for name, parameter in root.named_parameters() if parameter.requires_grad]
+    expected: list[Tensor | None] = []
     with untouched(root):
         whole = step.run()
-        expected = _gradients([whole.loss], [_one(whole.loss)], [p for _, p in weights])
-        whole_again = step.run()
+        if with_gradients:
+            expected = _gradients([whole.loss], [_one(whole.loss)], [p for _, p in weights])
+        first = whole.facts
+        del whole
+        second = step.run().facts
     chain = _Chain(root, step, passages, templates, device)
-    last, last_again = chain.forward()
-    if not _alike(last, whole):
+    made_first, made_second = chain.forward()
+    if not recorded.alike(made_first, first):
         return "the loss, a logged value or the output"
-    if not _alike(last_again, whole_again):
+    if not recorded.alike(made_second, second):
         return "in a second step, the loss, a logged value or the output"
-    for (name, _), here, there in zip(weights, chain.backward([p for _, p in weights]), expected):
-        if (here is None) != (there is None) or (here is not None and not close([here], [there])):
-            return f"the gradient of {name!r}"
+    if with_gradients:
+        for (name, _), here, there in zip(weights, chain.backward([p for _, p in weights]), expected):
+            if (here is None) != (there is None) or (here is not None and not close([here], [there])):
+                return f"the gradient of {name!r}"
     return None
 
 
-def refusal(what: str, starts: Sequence[str], suspects: Sequence[str]) -> CutError:
-    """The error for a cut that changes results; it names the attributes that the step changes."""
-    hint = f" Attributes that the step changes: {', '.join(suspects)}." if suspects else ""
+def refusal(what: str, origins: Sequence[str], changed: Sequence[str]) -> CutError:
+    """The error for a cut that changes results.
+
+    Args:
+        what: differs.
+        origins: modules that hand on something besides what they return, where they could be found.
+        changed: the attributes that the step changes.
+    """
+    hint = f" Attributes that the step changes: {', '.join(changed)}." if changed else ""
     return CutError(
-        f"cut at {', '.join(starts)}, {what}. Something is handed on other than through what a module returns: on an"
-        " attribute, within a step or from one step to the next; by Python's or NumPy's random numbers, drawn inside a"
-        f" module; by a hook on a tensor; or by an activation checkpoint that reaches across the cut.{hint} Return the"
-        " value from the module instead, keep what outlives a step inside the block that uses it, or move the cut with"
-        " `split_points` so that both ends lie on one stage."
+        f"{what}. Something is handed on other than through what {', '.join(origins) or 'a module'} returns: on an"
+        " attribute or a global variable, within a step or from one step to the next; by writing into an input; by a"
+        " `self.log` inside a module; by Python's or NumPy's random numbers, drawn inside a module; by a hook on a"
+        f" tensor; or by an activation checkpoint that reaches across the cut.{hint} Return the value from the module"
+        " instead, keep what outlives a step inside the block that uses it, or move the cut with `split_points` so"
+        " that both ends lie on one stage."
     )
-
-
-def _alike(a: Observed, b: Observed) -> bool:
-    return close(*(flatten(each.facts)[0] for each in (a, b)))
 
 
 class _Chain:
@@ -81,15 +93,17 @@ class _Chain:
         self._device = device
         self._arrived: list[list[Tensor]] = []
 
-    def forward(self) -> tuple[Observed, Observed]:
+    def forward(self) -> tuple[list[Any], list[Any]]:
         """What the last stage makes, and what it makes in a second step."""
-        first, second = Replayed(None, [], {}), Replayed(None, [], {})
+        first: list[Any] = []
+        second: list[Any] = []
         for passage in self._passages:
-            self._arrived.append([tensor.detach() for tensor in first.sent])
+            self._arrived.append(first)
             with untouched(self._root):
-                first = self._run(passage, [tensor.clone() for tensor in self._arrived[-1]])
-                second = self._run(passage, [tensor.detach().clone() for tensor in second.sent])
-        return first.returned, second.returned
+                first, second = (
+                    _made(self._run(passage, [tensor.clone() for tensor in arrived])) for arrived in (first, second)
+                )
+        return first, second
 
     def backward(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of each weight, summed over the stages, from the last to the first.
@@ -121,6 +135,14 @@ class _Chain:
             return replay.run(self._step.name, self._step.run, received, self._templates)
         finally:
             replay.remove()
+
+
+def _made(replayed: Replayed) -> list[Any]:
+    """What a stage sent, or what the last one returned, without graphs."""
+    if replayed.returned is None:
+        return [tensor.detach() for tensor in replayed.sent]
+    facts: list[Any] = replayed.returned.facts
+    return facts
 
 
 def _one(loss: Tensor | None) -> Tensor | None:

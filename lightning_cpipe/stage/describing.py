@@ -2,7 +2,7 @@
 
 Only the numbers in tensors travel. Structure, shapes, and what is neither a tensor nor a container are told once for
 each shape of batch, so they must be the same from then on. What an object holds that can't be taken apart is not known
-at all.
+at all; nor are tensors whose numbers do not fill a rectangle.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_cpipe.equality import same_value
 from lightning_cpipe.errors import CutError
@@ -36,18 +37,25 @@ _PLAIN = (
 )
 """What is known as a whole."""
 
+_KEPT_TOGETHER = (PackedSequence,)
+"""Containers that are not taken apart: torch's kernels count on the numbers in one tensor to fit those in the others,
+and read beyond the memory where they do not."""
+
 
 class Opaque:
     """Stands in a stub's output for an object that can't be taken apart. Whoever uses it gets an error.
 
     Args:
         kind: the object's class.
+        origin: the module that returned it.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, origin: str) -> None:
         self._kind = kind
+        self._origin = origin
 
     def __eq__(self, other: object) -> bool:
+        # Whoever passes it on returns it too.
         return isinstance(other, Opaque) and self._kind == other._kind
 
     def __hash__(self) -> int:
@@ -60,17 +68,17 @@ class Opaque:
         if name.startswith("__"):
             raise AttributeError(name)
         raise CutError(
-            f"a stage used `.{name}` of {self!r} that a module of an earlier stage returned. Tensors travel in tuples,"
-            " lists, dicts, named tuples, dataclasses, and what is registered with"
-            " `torch.utils._pytree.register_pytree_node`; return one of those."
+            f"a stage used `.{name}` of {self!r} that {self._origin!r}, a module of an earlier stage, returned. Dense"
+            " tensors travel, in tuples, lists, dicts, named tuples, dataclasses, and what is registered with"
+            " `torch.utils._pytree.register_pytree_node`; return one of those, or move the cut with `split_points`."
         )
 
 
-def described(output: Any) -> tuple[Template, list[Tensor]]:
-    """The template of a module's output, without the objects that don't travel; and its tensors."""
-    leaves, structure = flatten(output)
-    known = tuple(TensorSpec.of(leaf) if isinstance(leaf, Tensor) else _known(leaf) for leaf in leaves)
-    return Template(structure, known), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+def described(output: Any, module: str) -> tuple[Template, list[Tensor]]:
+    """The template of what `module` returned, without what does not travel; and the tensors that do."""
+    leaves, structure = flatten(output, _KEPT_TOGETHER)
+    known = tuple(TensorSpec.of(leaf) if _travels(leaf) else _known(leaf, module) for leaf in leaves)
+    return Template(structure, known), [leaf for leaf in leaves if _travels(leaf)]
 
 
 def difference(told: Template, found: Template) -> str | None:
@@ -83,5 +91,14 @@ def difference(told: Template, found: Template) -> str | None:
     return None
 
 
-def _known(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, (Opaque, *_PLAIN)) else Opaque(type(leaf).__qualname__)
+def _travels(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested
+
+
+def _known(leaf: Any, module: str) -> Any:
+    if isinstance(leaf, (Opaque, *_PLAIN)):
+        return leaf
+    kind = type(leaf).__qualname__
+    if isinstance(leaf, Tensor):
+        kind += " (nested)" if leaf.is_nested else f" ({leaf.layout})"
+    return Opaque(kind, module)

@@ -231,7 +231,7 @@ class _Run:
             return
         call = self._calls[name]
         self._calls[name] += 1
-        template, tensors = described(output)
+        template, tensors = described(output, name)
         told = self._templates.get((name, call))
         if self._describe:
             self.described[name, call] = template

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.balance import balanced_starts
@@ -31,7 +33,7 @@ from lightning_cpipe.strategy.lightning_private import (
 from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
 from lightning_cpipe.strategy.refusals import refuse_broadcast
 from lightning_cpipe.strategy.step_names import STEPS
-from lightning_cpipe.tree import signature
+from lightning_cpipe.tree import flatten, signature
 
 
 def training_probe_step(module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int) -> Step:
@@ -131,10 +133,12 @@ def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[Non
     """What the step logs goes to `logged`, and nothing to the trainer, its loggers or the screen."""
 
     def log(name: str, value: Any, *_: Any, **__: Any) -> None:
-        logged[name] = value if isinstance(value, (Tensor, int, float)) else None
+        logged[name] = _comparable(value)
 
     trainer = module.trainer
     loggers = trainer.loggers
+    by_hand: list[Any] = []
+    logged["by hand"] = by_hand
     undo: list[Callable[[], None]] = [
         instead_of(module, "log", log),
         instead_of(module, "print", lambda *_, **__: None),
@@ -142,13 +146,40 @@ def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[Non
     if trainer.world_size > 1:
         # Only rank 0 is here.
         undo.append(instead_of(trainer.strategy, "broadcast", refuse_broadcast))
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_Listener(by_hand) for _ in loggers]
     try:
         yield
     finally:
         trainer.loggers = loggers
         for each in undo:
             each()
+
+
+class _Listener(DummyLogger):
+    """Stands for a logger; notes what it or its `experiment` is told, by whatever method, and writes nothing."""
+
+    def __init__(self, told: list[Any]) -> None:
+        super().__init__()
+        self._told = told
+
+    @property
+    @override
+    def experiment(self) -> Any:
+        return self
+
+    @override
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._told += map(_comparable, flatten((args, kwargs))[0])
+
+    @override
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return self.log_metrics
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        return torch.tensor(value)
+    return value if isinstance(value, (Tensor, int, float, str)) else None
 
 
 def _loss_of(returned: Any) -> Tensor:

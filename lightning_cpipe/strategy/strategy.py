@@ -95,8 +95,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             transfers and absorbs jitter, at up to twice the delay.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
             itself off with a `GradientAccumulationScheduler`.
-        check: what the set-up proves about the cut: ``full`` compares loss and gradients with the uncut module,
-            ``fills`` only tries what the stages depend on, ``auto`` is ``full`` below 50 million parameters.
+        check: what the set-up proves about the cut: ``fills`` tries what the stages depend on, and compares two steps
+            with the uncut module's, gradients aside; ``full`` compares all gradients too; ``auto`` is ``full`` below
+            50 million parameters.
         timeout: seconds without a sign of life after which a rank counts as dead.
         process_group_backend: of the messages between stages; by default the device's own, gloo or nccl.
         start_method: how ranks are started: ``popen`` for scripts, ``spawn`` or ``fork`` elsewhere.

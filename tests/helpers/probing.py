@@ -46,7 +46,8 @@ def step_of(root: nn.Module, batch: Any, run: Run = forward_of, name: str = STEP
     def call() -> Observed:
         if not trains:
             root.eval()
-        return observed(run(root, batch), trains)
+        # A step may write into its batch.
+        return observed(run(root, copy.deepcopy(batch)), trains)
 
     return Step(name, call, trains, seed, signature(batch))
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.describing import Opaque, described, difference
@@ -20,7 +21,7 @@ X = torch.ones(2, 3)
 
 
 def template_of(output: Any) -> Template:
-    return described(output)[0]
+    return described(output, "block")[0]
 
 
 class Color(Enum):
@@ -47,14 +48,25 @@ def test_plain_values_are_kept(value: Any) -> None:
     assert template_of((X, value)).build([X])[1] == value
 
 
-OTHERS = [Unknown(), np.ones(2), np.float32(1), {1, 2}, lambda: X]
+OTHERS = [
+    Unknown(),
+    np.ones(2),
+    np.float32(1),
+    {1, 2},
+    lambda: X,
+    X.to_sparse(),
+    torch.nested.as_nested_tensor([X, X[:1]], layout=torch.jagged),
+    pack_sequence([X, X[:1]]),
+]
 
 
 @pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
 def test_other_objects_are_not(value: Any) -> None:
     (stand_in,) = template_of([value]).leaves
     assert isinstance(stand_in, Opaque)
-    with pytest.raises(CutError, match=rf"`\.hidden` of an object of class {type(value).__name__}.*dataclasses"):
+    with pytest.raises(
+        CutError, match=rf"`\.hidden` of an object of class {type(value).__name__}.* that 'block'.*dataclasses"
+    ):
         _ = stand_in.hidden
     with pytest.raises(TypeError):
         torch.ones(2) * stand_in
@@ -62,16 +74,22 @@ def test_other_objects_are_not(value: Any) -> None:
 
 def test_tensors_are_kept_as_shapes_wherever_containers_hold_them() -> None:
     spec = TensorSpec.of(X)
-    assert template_of({"a": [X, (X,)], "b": Known(X, Unknown())}).leaves == (spec, spec, spec, Opaque("Unknown"))
+    assert template_of({"a": [X, (X,)], "b": Known(X, Unknown())}).leaves == (
+        spec,
+        spec,
+        spec,
+        Opaque("Unknown", "block"),
+    )
 
 
 def test_a_stand_in_can_be_passed_on_and_travels() -> None:
-    stand_in = Opaque("Unknown")
+    stand_in = Opaque("Unknown", "block")
     assert template_of([stand_in]).leaves == (stand_in,)
     assert template_of([stand_in]) == template_of([Unknown()])
     assert pickle.loads(pickle.dumps(stand_in)) == copy.deepcopy(stand_in) == stand_in
-    assert stand_in != Opaque("Other")
-    assert len({stand_in, Opaque("Unknown"), Opaque("Other")}) == 2
+    assert stand_in != Opaque("Other", "block")
+    assert stand_in == Opaque("Unknown", "another block"), "who passes it on returns it too"
+    assert len({stand_in, Opaque("Unknown", "block"), Opaque("Other", "block")}) == 2
     assert stand_in is not None
     assert bool(stand_in)
 
