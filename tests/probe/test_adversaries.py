@@ -19,48 +19,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from lightning_cpipe.errors import AbsentWeightError, CutError, DataMismatchError
+from tests.helpers.chains import WIDTH, Block, Blocks, batches, linear
 from tests.helpers.probing import Stages, check_cut, cut_of
-
-WIDTH = 6
-
-
-def linear() -> nn.Linear:
-    return nn.Linear(WIDTH, WIDTH)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = linear()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
-
-
-class Blocks(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(4))
-
-    def body(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the first block makes, and what the last one does."""
-        late = early = self.blocks[0](x)
-        for block in self.blocks[1:]:
-            late = block(late)
-        return early, late
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.body(x), y)
-
-
-def batches(*shifts: float) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(4, WIDTH) + shift, torch.randn(4, WIDTH)) for shift in shifts]
-
 
 # ---- right in stages ----
 

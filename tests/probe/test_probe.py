@@ -20,43 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Crossing, Value
+from tests.helpers.chains import WIDTH, Block, Blocks, linear
 from tests.helpers.probing import SEED, STEP, Stages, check_cut, cut_of
-
-WIDTH = 6
-
-
-def linear() -> nn.Linear:
-    return nn.Linear(WIDTH, WIDTH)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = linear()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
-
-
-class Blocks(nn.Module):
-    """A loss of a chain; the base of most modules here.
-
-    Args:
-        block: makes a block.
-        depth: how many.
-    """
-
-    def __init__(self, block: Callable[[], nn.Module] = Block, depth: int = 4) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(depth))
-
-    def body(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.body(x), y)
 
 
 class Plain(nn.Module):

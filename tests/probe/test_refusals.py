@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,36 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from lightning_cpipe.errors import CutError
+from tests.helpers.chains import WIDTH, Block, Blocks, batches
 from tests.helpers.probing import check_cut, cut_of
-
-WIDTH = 6
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
-
-
-class Blocks(nn.Module):
-    def __init__(self, block: Callable[[], nn.Module] = Block) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(block() for _ in range(4))
-
-    def body(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.body(x), y)
-
-
-def batch() -> tuple[Tensor, Tensor]:
-    return torch.randn(4, WIDTH), torch.randn(4, WIDTH)
 
 
 class LeavesLoss(Block):
@@ -208,7 +179,7 @@ REFUSED: dict[type[Blocks], list[str]] = {
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_refused_by_name(kind: type[Blocks], p: int) -> None:
     with pytest.raises(CutError) as caught:
-        cut_of(kind(), batch(), p)
+        cut_of(kind(), batches(0)[0], p)
     assert [words for words in REFUSED[kind] if words not in str(caught.value)] == []
 
 
@@ -217,7 +188,7 @@ FOR_ANY_NUMBER_OF_STAGES = (WritesParameter, BindsParameter, TwoPasses)
 
 @pytest.mark.parametrize("kind", [kind for kind in REFUSED if kind not in FOR_ANY_NUMBER_OF_STAGES])
 def test_one_stage_refuses_nothing(kind: type[Blocks]) -> None:
-    check_cut(kind(), [batch()], 1)
+    check_cut(kind(), [batches(0)[0]], 1)
 
 
 UNSEEN_BY_FILLS = (CheckpointAcross,)
@@ -227,7 +198,7 @@ UNSEEN_BY_FILLS = (CheckpointAcross,)
 def test_refused_without_the_comparison_with_the_uncut_module(kind: type[Blocks]) -> None:
     """Large modules are not compared as a whole."""
     with pytest.raises(CutError):
-        cut_of(kind(), batch(), 3, check="fills")
+        cut_of(kind(), batches(0)[0], 3, check="fills")
 
 
 @pytest.mark.parametrize(
@@ -242,11 +213,11 @@ def test_refused_without_the_comparison_with_the_uncut_module(kind: type[Blocks]
 )
 def test_places_that_are_no_place_to_cut_are_refused(p: int, options: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(CutError) as caught:
-        cut_of(Blocks(), batch(), p, **options)
+        cut_of(Blocks(), batches(0)[0], p, **options)
     assert [each for each in words if each not in str(caught.value)] == []
 
 
 @pytest.mark.parametrize("points", [["blocks.1"], ["blocks.2.linear"], ["blocks.3"]])
 def test_split_points_say_where_stages_begin(points: list[str]) -> None:
-    cut = check_cut(Blocks(), [batch()], 2, split_points=points)
+    cut = check_cut(Blocks(), [batches(0)[0]], 2, split_points=points)
     assert cut.starts == tuple(points)
