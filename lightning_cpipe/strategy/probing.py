@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -76,10 +76,20 @@ def find_cut(
     Raises:
         CutError: if the module can't be cut there.
     """
-    with untouched(module):
-        seen = survey(module, steps[0].run)
-    starts = _starts(module, seen, num_stages, split_points)
-    return probe(module, steps, seen, starts, device, check)
+    with _not_compiled():
+        with untouched(module):
+            seen = survey(module, steps[0].run)
+        starts = _starts(module, seen, num_stages, split_points)
+        return probe(module, steps, seen, starts, device, check)
+
+
+def _not_compiled() -> AbstractContextManager[Any]:
+    """Inside, `torch.compile` does nothing: the probe runs each block in more ways than training ever will.
+
+    They would count against the limit of compilations, and take longest of all.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)  # Since torch 2.6.
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def _starts(module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]) -> list[str]:

@@ -459,16 +459,28 @@ def test_right_in_stages(kind: Callable[[], nn.Module], p: int) -> None:
 
 
 def test_compiled_blocks_are_right_in_stages() -> None:
-    def compiled() -> nn.Module:
-        return torch.compile(Block(), backend="aot_eager")
+    """Wrapped, and compiled in place; what the probe runs is not compiled, or it would use up what torch allows."""
+    compiled: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
 
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         pytest.skip("torch.compile is switched off by TORCHDYNAMO_DISABLE")
     try:
-        compiled()(torch.zeros(4, WIDTH))
+        torch.compile(Block(), backend=backend)(torch.zeros(4, WIDTH))
     except Exception as error:
         pytest.skip(f"torch.compile does not work on this machine: {type(error).__name__}: {error}")
-    check_cut(Blocks(compiled), batches(0, 1), 2)
+    module = Blocks(lambda: torch.compile(Block(), backend=backend))
+    for number in (1, 3):
+        module.blocks[number] = Block()
+        module.blocks[number].compile(backend=backend)
+    compiled.clear()
+    cut_of(module, batches(0)[0], 2)
+    assert not compiled
+    check_cut(module, batches(0, 1), 2)
+    assert compiled
 
 
 def test_right_for_the_same_reason_without_the_comparison_with_the_uncut_module() -> None:
@@ -669,6 +681,18 @@ REFUSED = [
 def test_refused_at_set_up(kind: Callable[[], nn.Module], p: int) -> None:
     with pytest.raises(CutError, match="split_points"):
         cut_of(kind(), batches(0)[0], p)
+
+
+SEEN_BY_GRADIENTS_ALONE = (HooksTensors, HooksGradients)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in REFUSED if kind not in SEEN_BY_GRADIENTS_ALONE], ids=lambda kind: kind.__name__
+)
+def test_refused_without_the_comparison_of_gradients(kind: Callable[[], nn.Module]) -> None:
+    """Large modules are compared in two steps, but their gradients are not."""
+    with pytest.raises(CutError, match="split_points"):
+        cut_of(kind(), batches(0)[0], 2, check="fills")
 
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
