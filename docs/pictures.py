@@ -48,8 +48,8 @@ def panel(cells: list[Cell], top: int, title: str) -> list[str]:
     """One schedule: a grey band per stage, and on it what the stage does. Whole mini-batches carry their numbers."""
     shapes = []
     idle = 1 - sum(end - begin for _, begin, end in cells) / (STAGES * SLOTS)
-    shapes.append(_text(LEFT, top - 10, f"{title} Idle in this window: {idle:.0%}", size=14, anchor="start"))
-    shapes += [_text(LEFT - 8, _y(top, stage) + 17, f"stage {stage}", anchor="end") for stage in range(STAGES)]
+    shapes.append(label(LEFT, top - 10, f"{title} Idle in this window: {idle:.0%}", size=14, anchor="start"))
+    shapes += [label(LEFT - 8, _y(top, stage) + 17, f"stage {stage}", anchor="end") for stage in range(STAGES)]
     shapes.append(_boxes(IDLE, ((LEFT, _y(top, stage), SLOTS * SLOT) for stage in range(STAGES))))
     for kind in (Kind.FORWARD, Kind.BACKWARD):
         of_kind = [(action, LEFT + begin * SLOT, (end - begin) * SLOT) for action, begin, end in cells]
@@ -57,7 +57,7 @@ def panel(cells: list[Cell], top: int, title: str) -> list[str]:
         shapes.append(_boxes(COLOURS[kind], ((x, _y(top, a.stage or 0), width - 0.5) for a, x, width in of_kind)))
         for action, x, width in of_kind:
             if width >= SLOT:
-                shapes.append(_text(x + width / 2, _y(top, action.stage or 0) + 17, f"{kind}{action.batch}", "white"))
+                shapes.append(label(x + width / 2, _y(top, action.stage or 0) + 17, f"{kind}{action.batch}", "white"))
     return shapes
 
 
@@ -72,8 +72,8 @@ def schedules() -> str:
     for number, (name, colour) in enumerate(legend.items()):
         x = width - 280 + 94 * number
         shapes += [f'<rect x="{x}" y="14" width="14" height="14" fill="{colour}"/>']
-        shapes += [_text(x + 20, 26, name, anchor="start")]
-    shapes.append(_text(LEFT, height - 12, "time →", anchor="start"))
+        shapes += [label(x + 20, 26, name, anchor="start")]
+    shapes.append(label(LEFT, height - 12, "time →", anchor="start"))
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" role="img">'
     )
@@ -92,7 +92,8 @@ def _boxes(fill: str, boxes: Iterable[tuple[float, float, float]]) -> str:
     return f'<path fill="{fill}" d="{path}"/>'
 
 
-def _text(x: float, y: float, text: str, fill: str = "#222222", *, size: int = 12, anchor: str = "middle") -> str:
+def label(x: float, y: float, text: str, fill: str = "#222222", *, size: int = 12, anchor: str = "middle") -> str:
+    """A text in a picture; `anchor` says which end of it stands at `x`."""
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
