@@ -24,6 +24,7 @@ __all__ = [
     "no_torch_function",
     "pytree",
     "set_version_counters",
+    "storage_id",
 ]
 
 SubClass = TypeVar("SubClass", bound=Tensor)
@@ -36,6 +37,12 @@ def instance_of_subclass(cls: type[SubClass], tensor: Tensor, requires_grad: boo
     """A tensor of class `cls` with the metadata and the storage of `tensor`."""
     made: SubClass = torch.Tensor._make_subclass(cls, tensor, requires_grad)
     return made
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """The same for every tensor that lies in one storage, also where it has no address, as on the meta device."""
+    identity: int = storage._cdata
+    return identity
 
 
 def set_version_counters(tensors: Sequence[Tensor], counters: Sequence[int]) -> None:

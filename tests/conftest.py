@@ -43,6 +43,9 @@ def nothing_is_left(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """No process, thread, process group, environment variable or temporary file outlives a test."""
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    # What the probe measures is kept for the next run, but not for the next test.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(temporary / "cache"))
+    monkeypatch.delenv("LIGHTNING_CPIPE_CACHE", raising=False)
     environment = dict(os.environ)
     yield
     assert not multiprocessing.active_children(), "a process was left running"

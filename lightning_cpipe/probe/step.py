@@ -50,6 +50,7 @@ class Step:
         trains: whether gradients are wanted.
         seed: what its random numbers follow from.
         signature: of its batch.
+        precision: what it computes in, as the trainer names it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Step:
     trains: bool
     seed: int
     signature: Signature
+    precision: str = ""
 
     def run(self) -> Observed:
         """Call it, from the same random state each time, and with a graph only if it trains."""

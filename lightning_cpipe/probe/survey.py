@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -24,15 +25,27 @@ class Survey:
         blocks: the places where a stage may begin: the blocks that were called once, in the order of their calls.
         repeated: places that would do, but were called more than once.
         forward_flops: floating-point operations of the whole step's forward.
-        costs: of each block, in floating-point operations of a forward, up to where the next one begins. What comes
-            before the first block counts to the first. Weights count once more, for their update.
+        begun: the operations of the forward that came before the first call of each module, in the order of the calls.
     """
 
     calls: Counter[str]
     blocks: tuple[str, ...]
     repeated: tuple[str, ...]
     forward_flops: int
-    costs: tuple[float, ...]
+    begun: dict[str, int]
+
+    def operations(self, root: nn.Module, modules: Sequence[str]) -> list[float]:
+        """Of each of these modules, floating-point operations of a forward, up to where the next one begins.
+
+        What comes before the first one counts to the first. Weights count once more, for their update.
+
+        Args:
+            root: the whole module.
+            modules: in the order of their calls.
+        """
+        begins = [0, *(self.begun[name] for name in modules[1:]), self.forward_flops]
+        weights = [sum(p.numel() for p in root.get_submodule(name).parameters()) for name in modules]
+        return [float(end - begin + weight) for (begin, end), weight in zip(pairwise(begins), weights)]
 
     def watched(self, root: nn.Module, starts: Sequence[str] = ()) -> list[str]:
         """The modules that a cut has to know of: everything called that is not inside a block, and the blocks.
@@ -54,14 +67,13 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
     """Run `step` once and look. It leaves traces in the module; run it inside `untouched`."""
     candidates = set(find_blocks(root))
     calls: Counter[str] = Counter()
-    begun: list[tuple[str, int]] = []
+    begun: dict[str, int] = {}
     with ExitStack() as hooks, _Flops() as flops:
 
         def note(name: str) -> Callable[..., None]:
             def enter(*_: Any) -> None:
                 calls[name] += 1
-                if name in candidates:
-                    begun.append((name, flops.total))
+                begun.setdefault(name, flops.total)
 
             return enter
 
@@ -70,13 +82,10 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
         step()
         total = flops.total
 
-    once = [(name, at) for name, at in begun if calls[name] == 1]
-    ends = [at for _, at in once[1:]] + [total]
-    starts = [0] + [at for _, at in once[1:]]
-    weights = [sum(parameter.numel() for parameter in root.get_submodule(name).parameters()) for name, _ in once]
-    costs = (float(end - start + weight) for start, end, weight in zip(starts, ends, weights))
-    repeated = sorted({name for name, _ in begun if calls[name] > 1})
-    return Survey(calls, tuple(name for name, _ in once), tuple(repeated), total, tuple(costs))
+    called = [name for name in begun if name in candidates]
+    once = tuple(name for name in called if calls[name] == 1)
+    repeated = tuple(sorted(name for name in called if calls[name] > 1))
+    return Survey(calls, once, repeated, total, begun)
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric
 
 from lightning_cpipe.equality import close, same_bits, same_leaf
 from lightning_cpipe.probe.fills import FILLS, is_one_integer, random_like
 from lightning_cpipe.probe.gradients import gradients
 from lightning_cpipe.probe.step import Observed, RecordedStep
+from lightning_cpipe.probe.touched import TouchedParameters
 from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
-from lightning_cpipe.tree import TemplateTable, tensors_in
+from lightning_cpipe.tree import TemplateTable
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,11 @@ class Trial:
 
     def traces(self) -> Traces:
         """What the stage touches and leaves behind."""
-        watch = _TouchedParameters()
+        touched: set[int] = set()
+        watch = TouchedParameters(lambda parameter: touched.add(id(parameter)))
         left, again = self._left(watch), self._left()
         steady = {place: _without_times(contents, again.get(place, [])) for place, contents in left.items()}
-        return Traces(frozenset(watch.ids), steady)
+        return Traces(frozenset(touched), steady)
 
     def dependence(self) -> Dependence:
         """What the results depend on through a gradient."""
@@ -215,19 +216,6 @@ class _Baseline:
         same = same_leaf if self._exact else lambda a, b: close([a], [b])
         pairs = enumerate(zip(self._outcome, other))
         return len(self._outcome) == len(other) and all(i in self._times or same(a, b) for i, (a, b) in pairs)
-
-
-class _TouchedParameters(TorchFunctionMode):
-    """Notes every parameter that is given to a torch function."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = tensors_in((list(args), dict(kwargs or {})))
-        self.ids.update(id(leaf) for leaf in given if isinstance(leaf, nn.Parameter))
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

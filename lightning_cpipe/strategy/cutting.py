@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 
 from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.probe.memory import MemoryNeeds, bytes_of, state_multiple
 from lightning_cpipe.probe.step import Step
+from lightning_cpipe.probe.untouched import untouched
+from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import make_room
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.tree import flatten
 
 
 def agree_on_cut(
     trainer: pl.Trainer,
     processes: Processes,
     asked: Options,
+    schedule: Continuous,
     device: torch.device,
     seed: int,
 ) -> Cut:
@@ -38,15 +47,18 @@ def agree_on_cut(
     if processes.rank == 0:
         # The others move what they keep, once they know it.
         module.to(device)
-    steps = _steps(trainer, processes, device, seed)
+    steps = probe_steps(trainer, processes, device, seed)
     if not steps:
         # Nothing will run, and the module stays whole.
         return Cut(starts=(), steps={})
+    needs: MemoryNeeds | None = None
+    if asked.memory_limit is not None and trainer.state.fn == TrainerFn.FITTING:
+        needs = memory_needs(trainer, schedule, processes.num_stages, bytes_of(asked.memory_limit))
     found: Cut | None = None
     error: CutError | None = None
     if processes.rank == 0:
         try:
-            found = find_cut(module, steps, processes.num_stages, asked.split_points, device, asked.check)
+            found = find_cut(module, steps, processes.num_stages, asked.split_points, device, asked.check, needs)
         except CutError as raised:
             error = raised
     cut = processes.control.share(found)
@@ -57,7 +69,23 @@ def agree_on_cut(
     return cut
 
 
-def _steps(trainer: pl.Trainer, processes: Processes, device: torch.device, seed: int) -> list[Step]:
+def memory_needs(trainer: pl.Trainer, schedule: Continuous, num_stages: int, limit: int | None) -> MemoryNeeds:
+    """What decides how much memory the stages of this run need, once its loaders are there.
+
+    The user's `configure_optimizers` is called for a look at the class of what it makes, and nothing of it is kept.
+    """
+    module = trainer.lightning_module
+    with untouched(module):
+        made = flatten(module.configure_optimizers())[0]
+    multiples = [state_multiple(each) for each in made if isinstance(each, Optimizer)]
+    accumulate, length = trainer.accumulate_grad_batches, trainer.num_training_batches
+    # An epoch that accumulation does not divide ends with an update of its own.
+    divides = length == math.inf or int(length) % accumulate == 0
+    schedule = replace(schedule, accumulate=accumulate, epoch_length=None if divides else int(length))
+    return MemoryNeeds(schedule, num_stages, max(multiples, default=0.0), limit)
+
+
+def probe_steps(trainer: pl.Trainer, processes: Processes, device: torch.device, seed: int) -> list[Step]:
     """The steps that this run will take, each on its first batch.
 
     Every rank draws the batches, so that their loaders go the same way; only rank 0 runs the steps.

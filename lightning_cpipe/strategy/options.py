@@ -19,6 +19,7 @@ class Options:
     schedule: str = "continuous"
     num_microbatches: int = 1
     split_points: list[str] | str = "auto"
+    memory_limit: str | int | None = None
     versions: str = "stash"
     remedy: str | None = None
     extra_in_flight: int = 0

@@ -5,21 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.balance import balanced_starts
+from lightning_cpipe.probe.costs import Costs
+from lightning_cpipe.probe.measure import measure
+from lightning_cpipe.probe.memory import MemoryNeeds
 from lightning_cpipe.probe.probe import Check, probe
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.probe.survey import Survey, survey
 from lightning_cpipe.probe.untouched import untouched
+from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed, unchanged
 from lightning_cpipe.strategy.drawn import Drawn
@@ -63,6 +68,21 @@ def evaluation_probe_step(
     return [_step(module, name, evaluation_arguments(loop, name, prepared, index), seed, signature(prepared))]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Where a module is to be cut.
+
+    Attributes:
+        survey: of its first step.
+        starts: the modules that begin stages 1, 2, ….
+        costs: of the blocks; None where nothing depended on them.
+    """
+
+    survey: Survey
+    starts: tuple[str, ...]
+    costs: Costs | None
+
+
 def find_cut(
     module: pl.LightningModule,
     steps: Sequence[Step],
@@ -70,20 +90,34 @@ def find_cut(
     split_points: str | Sequence[str],
     device: torch.device,
     check: Check,
+    needs: MemoryNeeds | None = None,
 ) -> Cut:
     """Choose where to cut, and probe it.
+
+    Args:
+        module: the whole module.
+        steps: its steps; the first one's costs are balanced.
+        num_stages: p.
+        split_points: see `ContinuousPipeStrategy`.
+        device: where the module is.
+        check: see `ContinuousPipeStrategy`.
+        needs: of memory, if there is a limit.
 
     Raises:
         CutError: if the module can't be cut there.
     """
-    with _not_compiled():
-        with untouched(module):
-            seen = survey(module, steps[0].run)
-        starts = _starts(module, seen, num_stages, split_points)
-        return probe(module, steps, seen, starts, device, check)
+    with not_compiled():
+        choice = choose_starts(module, steps[0], num_stages, split_points, device, needs)
+        if choice.costs is not None and num_stages > 1 and isinstance(split_points, str):
+            by = "measured times" if choice.costs.by_time else "floating-point operations"
+            rank_zero_info(
+                f"{num_stages} stages, balanced by {by}. `split_points={list(choice.starts)}` would cut in the same places"
+                " anywhere."
+            )
+        return probe(module, steps, choice.survey, choice.starts, device, check)
 
 
-def _not_compiled() -> AbstractContextManager[Any]:
+def not_compiled() -> AbstractContextManager[Any]:
     """Inside, `torch.compile` does nothing: the probe runs each block in more ways than training ever will.
 
     They would count against the limit of compilations, and take longest of all.
@@ -92,19 +126,68 @@ def _not_compiled() -> AbstractContextManager[Any]:
     return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
-def _starts(module: pl.LightningModule, seen: Survey, num_stages: int, split_points: str | Sequence[str]) -> list[str]:
+def choose_starts(
+    module: pl.LightningModule,
+    step: Step,
+    num_stages: int,
+    split_points: str | Sequence[str],
+    device: torch.device,
+    needs: MemoryNeeds | None = None,
+    *,
+    measured: bool = False,
+) -> Choice:
+    """Choose where to cut.
+
+    Args:
+        module: the whole module.
+        step: the one whose costs are balanced.
+        num_stages: p.
+        split_points: see `ContinuousPipeStrategy`.
+        device: where the module is.
+        needs: of memory. A limit counts for what trains.
+        measured: whether to measure costs even if nothing depends on them.
+
+    Raises:
+        CutError: if there are no such places, or no cut is within the limit.
+    """
+    with untouched(module):
+        seen = survey(module, step.run)
     if num_stages == 1:
-        return []
-    if isinstance(split_points, str):
-        if len(seen.blocks) < num_stages:
-            raise CutError(
-                f"{num_stages} stages need as many blocks, and {type(module).__name__} has {len(seen.blocks)} where a"
-                f" stage could begin: {', '.join(seen.blocks) or 'none'}. A block is a child of the `nn.Sequential` or"
-                " `nn.ModuleList` that holds most parameters, called exactly once per step."
-                + (f" Called more often: {', '.join(seen.repeated)}." if seen.repeated else "")
-                + " Lower `devices` (or `num_stages`), or name the modules that begin a stage with `split_points`."
-            )
-        return [seen.blocks[position] for position in balanced_starts(seen.costs, num_stages)]
+        split_points = []
+    auto = isinstance(split_points, str)
+    given: list[str] = []
+    if auto:
+        _require_enough_blocks(module, seen, num_stages)
+    else:
+        given = _existing(module, seen, num_stages, split_points)
+    if needs is None or not step.trains:
+        needs = MemoryNeeds(Continuous(), num_stages)
+    # Stages may begin inside blocks; where a module is not called once, the probe says so.
+    places = [name for name in seen.begun if name in seen.blocks or name in given]
+    countable = bool(places) and all(seen.calls[name] == 1 for name in given)
+    if not countable or not (measured or needs.limit is not None or auto):
+        return Choice(seen, tuple(given), None)
+    costs = measure(module, step, seen, places, device)
+    if auto:
+        starts = needs.balanced_starts(costs)
+        return Choice(seen, tuple(places[start] for start in starts), costs)
+    needs.require_within(costs, sorted(map(places.index, given)), "the cut that `split_points` asks for")
+    return Choice(seen, tuple(given), costs)
+
+
+def _require_enough_blocks(module: pl.LightningModule, seen: Survey, num_stages: int) -> None:
+    if len(seen.blocks) < num_stages:
+        raise CutError(
+            f"{num_stages} stages need as many blocks, and {type(module).__name__} has {len(seen.blocks)} where a"
+            f" stage could begin: {', '.join(seen.blocks) or 'none'}. A block is a child of the `nn.Sequential` or"
+            " `nn.ModuleList` that holds most parameters, called exactly once per step."
+            + (f" Called more often: {', '.join(seen.repeated)}." if seen.repeated else "")
+            + " Lower `devices` (or `num_stages`), or name the modules that begin a stage with `split_points`."
+        )
+
+
+def _existing(module: pl.LightningModule, seen: Survey, num_stages: int, split_points: Sequence[str]) -> list[str]:
+    """The split points, which must be modules, as many as there are cuts."""
     names = dict(module.named_modules())
     unknown = [name for name in split_points if name not in names]
     if unknown:
@@ -135,7 +218,7 @@ def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], see
             return Observed(None, returned, logged)
         return Observed(_loss_of(returned), _without_loss(returned), logged)
 
-    return Step(name, call, trains, derived_seed(seed, name), kind)
+    return Step(name, call, trains, derived_seed(seed, name), kind, str(module.trainer.precision))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_cpipe.probe.memory import bytes_of
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
@@ -81,6 +82,11 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"extra_in_flight={asked.extra_in_flight}: the least is 0."
     if isinstance(asked.split_points, str) and asked.split_points != "auto":
         yield f"split_points={asked.split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
+    if asked.memory_limit is not None:
+        try:
+            bytes_of(asked.memory_limit)
+        except ValueError as error:
+            yield f"memory_limit={error}."
     if asked.check not in get_args(Check):
         yield f"check={asked.check!r}: there is none of that name; there are {', '.join(map(repr, get_args(Check)))}."
     if device.type == "cuda" and asked.process_group_backend not in (None, "nccl"):

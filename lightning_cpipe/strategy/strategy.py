@@ -89,6 +89,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         schedule: who does what, when; ``continuous`` for now.
         num_microbatches: slices of a mini-batch in flush schedules; 1 for now.
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
+        memory_limit: what a stage may take while it trains: weights, gradients, optimizer, weight versions and the
+            activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
+            bytes. None for as much as it takes.
         versions: which weights a backward uses; ``stash``: those of its forward.
         remedy: a rule against delay; none for now.
         extra_in_flight: how much further forwards run ahead, in multiples of the least lag. Hides the time of the
@@ -117,6 +120,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         schedule: Literal["continuous", "gpipe", "1f1b"] = "continuous",
         num_microbatches: int = 1,
         split_points: list[str] | Literal["auto"] = "auto",
+        memory_limit: str | int | None = None,
         versions: Literal["stash", "latest"] = "stash",
         remedy: str | None = None,
         extra_in_flight: int = 0,
@@ -148,6 +152,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             schedule=schedule,
             num_microbatches=num_microbatches,
             split_points=split_points,
+            memory_limit=memory_limit,
             versions=versions,
             remedy=remedy,
             extra_in_flight=extra_in_flight,
@@ -310,7 +315,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
-        cut = agree_on_cut(trainer, self.processes, self._options, self.root_device, self._seed)
+        cut = agree_on_cut(trainer, self.processes, self._options, self._schedule, self.root_device, self._seed)
         if fitting:
             self.setup_optimizers(trainer)
         whole: Whole | None = None

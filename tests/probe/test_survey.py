@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.probe.survey import survey
+from lightning_cpipe.probe.survey import Survey, survey
 
 ROWS, WIDTH = 5, 4
 PRODUCT = 2 * ROWS * WIDTH * WIDTH
@@ -32,7 +32,7 @@ class Walks(nn.Module):
         return x @ torch.ones(WIDTH, WIDTH)
 
 
-def survey_of(module: nn.Module) -> object:
+def survey_of(module: nn.Module) -> Survey:
     return survey(module, lambda: module(torch.randn(ROWS, WIDTH)))
 
 
@@ -57,8 +57,10 @@ def test_a_block_that_is_never_called_is_left_out() -> None:
 
 def test_costs_are_operations_up_to_the_next_block_and_weights() -> None:
     """The stem's count to the first block, the last product's to the last."""
-    found = survey_of(Walks([0, 1, 2]))
-    assert found.costs == (2 * PRODUCT + WEIGHTS, PRODUCT + WEIGHTS, 2 * PRODUCT + WEIGHTS)
+    module = Walks([0, 1, 2])
+    found = survey_of(module)
+    expected = [2 * PRODUCT + WEIGHTS, PRODUCT + WEIGHTS, 2 * PRODUCT + WEIGHTS]
+    assert found.operations(module, found.blocks) == expected
     assert found.forward_flops == 5 * PRODUCT
 
 
