@@ -7,6 +7,7 @@ Lists, tuples, named tuples, dicts, dataclasses and whatever is registered with 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +34,11 @@ class TensorSpec(NamedTuple):
     def of(cls, tensor: Tensor) -> TensorSpec:
         """The spec of a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that such a tensor fills."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"

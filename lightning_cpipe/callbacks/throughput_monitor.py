@@ -8,11 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import Throughput, get_available_flops
-from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cpipe.callbacks.loggers import declare, log_numbers
+from lightning_cpipe.strategy.samples import samples_in
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 from lightning_cpipe.tree import tensors_in
 
@@ -77,7 +76,7 @@ class ThroughputMonitor(pl.Callback):
         if not trainer.is_global_zero:
             return
         self._batches += 1
-        samples = _samples_in(batch)
+        samples = samples_in(batch)
         tokens = None if samples is None else _tokens_in(batch, samples)
         if self._batches == 1:
             self._counts_tokens = tokens is not None
@@ -113,14 +112,6 @@ def _computes_in(trainer: pl.Trainer, module: pl.LightningModule) -> torch.dtype
     """What matrices are multiplied in, whatever the weights are kept in."""
     mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
     return mixed or next((parameter.dtype for parameter in module.parameters()), torch.float32)
-
-
-def _samples_in(batch: Any) -> int | None:
-    """How many samples a batch holds; None if Lightning can't tell."""
-    try:
-        return extract_batch_size(batch)
-    except MisconfigurationException:
-        return None
 
 
 def _tokens_in(batch: Any, samples: int) -> int | None:

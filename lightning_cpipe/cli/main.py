@@ -16,6 +16,8 @@ Pipeline parallelism for Lightning that is never flushed.
 commands:
   fit, validate, test, predict   run a LightningModule: LightningCLI with strategy 'continuous_pipe' as its default
                                  cpipe fit --config recipes/digits.yaml [--trainer.strategy.num_stages=4]
+  plan                           what 'fit' would do on so many devices, without training: blocks, cuts, time, memory
+                                 cpipe plan --config recipes/digits.yaml --devices 4 [--memory-limit 16GB]
   schedule                       print, draw and count a schedule
                                  cpipe schedule --schedule continuous --stages 4 --mini-batches 13
 
@@ -41,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_cpipe.cli.schedule import main as schedule
 
         schedule(words[1:])
+    elif command == "plan":
+        from lightning_cpipe.cli.plan import main as plan
+
+        plan(words[1:])
     elif command in _LIGHTNING or command.startswith("-"):
         from lightning_cpipe.cli.lightning import main as lightning
 

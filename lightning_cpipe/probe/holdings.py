@@ -86,7 +86,7 @@ class _Look:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 returned = tensors_in(output)
                 holdings.returns = str([(TensorSpec.of(tensor), tensor.requires_grad) for tensor in returned])
-                holdings.output = sum(map(_size, returned))
+                holdings.output = sum(TensorSpec.of(tensor).num_bytes for tensor in returned)
 
             return hook
 
@@ -122,7 +122,7 @@ class _Look:
         return self._found
 
     def _keep(self, holdings: Holdings, name: str, tensor: Tensor) -> None:
-        (holdings.trained if tensor.requires_grad else holdings.frozen)[name] = _size(tensor)
+        (holdings.trained if tensor.requires_grad else holdings.frozen)[name] = TensorSpec.of(tensor).num_bytes
 
     def _note_saved(self, tensor: Tensor) -> None:
         place, size, memory = _memory(tensor)
@@ -131,15 +131,11 @@ class _Look:
             self._here.saved[number] = size
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _memory(tensor: Tensor) -> tuple[int, int, Any]:
     """The place of a tensor's memory, its bytes, and what keeps it."""
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
         # A sparse tensor, or one made of others.
-        return id(tensor), _size(tensor), tensor
+        return id(tensor), TensorSpec.of(tensor).num_bytes, tensor
     return storage_id(storage), storage.nbytes(), storage

@@ -9,6 +9,7 @@ Not counted: what operations need for a moment, messages on their way, and what 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -121,8 +122,12 @@ class MemoryNeeds:
             gradients=held.trained,
             optimizer=round(self.state_multiple * held.trained),
             versions=(self.schedule.live_versions(stage, self.num_stages) - 1) * held.trained,
-            activations=(self.schedule.lag(stage, self.num_stages) + 1) * held.saved,
+            activations=self.in_flight(stage) * held.saved,
         )
+
+    def in_flight(self, stage: int) -> int:
+        """The mini-batches that a stage has forwarded and not yet backwarded, at most."""
+        return self.schedule.in_flight(stage, self.num_stages, sys.maxsize)
 
     def of_all(self, costs: Costs, starts: Sequence[int]) -> list[StageMemory]:
         """What each stage needs if stages 1 … p − 1 begin at these positions."""
@@ -158,6 +163,6 @@ class MemoryNeeds:
         raise CutError(
             f"memory_limit={in_words(self.limit)} per stage: {which} ({cut}) needs"
             f" {in_words(max(each.total for each in found))}:{stages}\nRaise the limit, take more `devices` or a"
-            f" smaller batch, checkpoint activations inside the blocks, or let several mini-batches share an update"
-            f" (`accumulate_grad_batches={max(1, self.num_stages - 1)}` or more leaves two versions of the weights)."
+            " smaller batch, checkpoint activations inside the blocks, or let several mini-batches share an update"
+            " (`accumulate_grad_batches` of p - 1 or more leaves two versions of the weights)."
         )

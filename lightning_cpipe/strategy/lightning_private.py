@@ -35,6 +35,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -49,6 +50,7 @@ __all__ = [
     "PredictionLoop",
     "SubprocessScriptLauncher",
     "TrainingEpochLoop",
+    "TunerExit",
     "adopt",
     "as_of",
     "callbacks_of",

@@ -270,16 +270,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         Raises:
             MisconfigurationException: with all reasons.
         """
-        reasons = [
-            *reasons_in_options(self._options, self.num_stages, self.root_device),
-            *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, self.num_stages),
-        ]
-        refuse(reasons)
+        self._refuse(trainer, self.num_stages)
         if self.num_stages > 1 and clips_by_norm(trainer):
             rank_zero_warn(
                 f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
                 " norm over all stages is known only after the first stage's backward, too late for the others."
             )
+
+    def _refuse(self, trainer: pl.Trainer, num_stages: int) -> None:
+        in_options = reasons_in_options(self._options, num_stages, self.root_device)
+        refuse([*in_options, *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages)])
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
