@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lightning_cpipe
 from lightning_cpipe import torch_private
-from lightning_cpipe.torch_private import instance_of_subclass, set_version_counters
+from lightning_cpipe.torch_private import instance_of_subclass, set_version_counters, storage_id
 
 PACKAGE = Path(lightning_cpipe.__file__).parent
 
@@ -61,3 +61,11 @@ def test_an_instance_of_a_subclass_shares_the_storage() -> None:
     made = instance_of_subclass(Named, tensor, False)
     assert type(made) is Named
     assert made.data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_in_one_storage_are_known_by_it(device: str) -> None:
+    tensors = [torch.ones(4, device=device) for _ in range(2)]
+    first, second = (storage_id(tensor.untyped_storage()) for tensor in tensors)
+    assert first != second
+    assert storage_id(tensors[0][1:].untyped_storage()) == first

@@ -62,7 +62,7 @@ class _PlanCLI(PipelineCLI):
         if self._asked.memory_limit is not None:
             options["memory_limit"] = self._asked.memory_limit
         planning = f"{Planning.__module__}.{Planning.__qualname__}"
-        trainer.strategy = Namespace({"class_path": planning, "init_args": options})
+        trainer.strategy = Namespace({"class_path": planning, "init_args": options})  # type: ignore[no-untyped-call]
         vars(trainer).update(devices=1, num_nodes=1, **_NOTHING_WRITTEN)
 
     @override

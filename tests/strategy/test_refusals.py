@@ -39,6 +39,8 @@ OPTIONS = [
     ({"remedy": "spectrain"}, ["remedy='spectrain'"], True),
     ({"extra_in_flight": -1}, ["extra_in_flight=-1", "the least is 0"], False),
     ({"split_points": "net.2"}, ["split_points='net.2'", "give 'auto', or a list of the modules"], False),
+    ({"memory_limit": "much"}, ["memory_limit='much'", "no amount of memory", "write '16GB'"], False),
+    ({"memory_limit": -1}, ["memory_limit=-1", "a number of bytes"], False),
     ({"check": "zigzag"}, ["check='zigzag'", "there are 'auto', 'full', 'fills'"], False),
     ({"timeout": 0}, ["timeout=0", "must be more than 0"], False),
 ]
@@ -176,7 +178,7 @@ def test_all_reasons_are_listed_at_once() -> None:
         flags |= {key: value for key, value in options().items() if key != "callbacks"}
     said += [parts for module, _, parts, _ in TRAINERS if module not in (TakesIterator, ValidatesIterator)]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 15
+    assert len(reasons) == len(said) == 16
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 
