@@ -1,8 +1,15 @@
 """Finds out how a module can be cut, on its first batch, and changes nothing of it.
 
-survey      a first run: which modules are called, and what they cost
+survey      a first run: which modules are called, and what they compute
 blocks      the places where a stage may begin
+measure     what the blocks cost, as kept in a cache or looked at
+holdings    what they keep in memory
+stopwatch   what time they take
+costs       all of that, as data
+cache       keeps it between runs
 balance     where stages begin so that the slowest is fastest
+memory      what a stage keeps, and the limit of it
+forecast    what a pipeline will do
 probe       finds what crosses the cuts, by trying
 step        a step of the module, as the probe runs it
 recording   one watched run of it
@@ -11,6 +18,7 @@ fills       what is wanted there
 uncut       the stages in a row, compared with the whole module
 homes       where each weight and buffer lives
 gradients   gradients for a look at them
+touched     the parameters that code uses
 untouched   puts a module back as it was
 contents    what hangs on its attributes
 """
