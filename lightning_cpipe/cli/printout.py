@@ -59,6 +59,7 @@ class Printout:
                 "split_points": list(found.starts),
                 "memory_limit": found.needs.limit,
                 "stages": stages,
+                "ties": [asdict(tie) for tie in found.ties],
                 "period_s": found.period_s,
                 "batches_per_s": _rate(1, found.period_s),
                 "samples_per_s": _rate(found.num_samples, found.period_s),
@@ -133,8 +134,13 @@ class Printout:
     def _cuts(self) -> str:
         cuts: list[tuple[StageForecast, str]] = list(zip(self._forecast.stages, self._forecast.starts))
         rows = [[start, in_words(stage.sends), in_words(stage.gets_back)] for stage, start in cuts]
-        pasted = f"split_points: {json.dumps(list(self._forecast.starts))}"
-        return "\n".join([_table(["cut at", "activations down", "gradients up"], rows), pasted]) if cuts else pasted
+        lines = [_table(["cut at", "activations down", "gradients up"], rows)] if cuts else []
+        lines += [
+            f"Stages {tie.user} and {tie.owner} train the same weights: {in_words(tie.size)} of gradients go to"
+            f" {tie.owner} for each mini-batch, and as much of weights back."
+            for tie in self._forecast.ties
+        ]
+        return "\n".join([*lines, f"split_points: {json.dumps(list(self._forecast.starts))}"])
 
     def _summary(self) -> str:
         found = self._forecast

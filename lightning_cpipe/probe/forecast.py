@@ -53,6 +53,21 @@ class StageForecast:
 
 
 @dataclass(frozen=True)
+class TieForecast:
+    """What two stages that train the same parameters tell each other.
+
+    Attributes:
+        user: the stage with copies.
+        owner: the stage whose optimizer updates them.
+        size: bytes of gradients for each mini-batch, and of weights after each update.
+    """
+
+    user: int
+    owner: int
+    size: int
+
+
+@dataclass(frozen=True)
 class Forecast:
     """What a pipeline will do.
 
@@ -60,6 +75,7 @@ class Forecast:
         costs: of the blocks.
         starts: the modules that begin stages 1, 2, ….
         stages: each of them.
+        ties: between stages that train the same parameters.
         needs: of memory.
         num_samples: of a mini-batch, where known.
         num_batches: mini-batches of the run, where known.
@@ -68,6 +84,7 @@ class Forecast:
     costs: Costs
     starts: tuple[str, ...]
     stages: tuple[StageForecast, ...]
+    ties: tuple[TieForecast, ...]
     needs: MemoryNeeds
     num_samples: int | None
     num_batches: int | None
@@ -138,7 +155,9 @@ def forecast(
                 gets_back=_bytes((each for each in sends if each.gradient), step_cut.templates),
             )
         )
-    return Forecast(costs, cut.starts, tuple(stages), needs, num_samples, num_batches)
+    sizes = {name: size for block in costs.blocks for name, size in block.trained.items()}
+    ties = tuple(TieForecast(tie.user, tie.owner, sum(sizes[name] for name in tie.names)) for tie in cut.ties)
+    return Forecast(costs, cut.starts, tuple(stages), ties, needs, num_samples, num_batches)
 
 
 def _bytes(crossings: Iterable[Crossing], templates: TemplateTable) -> int:
