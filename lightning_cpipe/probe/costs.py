@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-CLEAR_S = 1e-3
-"""Blocks that take less than this on average are too quick to be told apart by the clock: the next look would find
-other times, and other cuts. They are balanced by what they compute."""
+CLEAR_S = 2e-3
+"""Seconds. Blocks that take less on average are too quick to be told apart by the clock: the next look would find other
+times, and other cuts. They are balanced by what they compute."""
 
 
 @dataclass(frozen=True)

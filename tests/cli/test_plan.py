@@ -18,8 +18,15 @@ from tests.helpers.commands import ROOT, cpipe
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
 DIGITS = str(ROOT / "recipes" / "digits.yaml")
-SMALL = ("--config", DIGITS, "--model.depth=5")
-"""Eight blocks."""
+SMALL = (
+    "--model=lightning_cpipe.demos.digits.DigitsClassifier",
+    "--model.depth=5",
+    "--data=lightning_cpipe.demos.digits.DigitsData",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=4",
+    "--trainer.max_epochs=20",
+)
+"""The recipe with eight blocks and nothing that takes its time to be read."""
 
 MEASURED = [
     BlockCost(f"model.{i}", 100.0, 0.01, 0.02, {f"model.{i}.w": 1000}, {f"model.{i}.b": 10}, {str(i): 500}, output=64)
