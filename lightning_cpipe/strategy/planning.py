@@ -14,7 +14,7 @@ from lightning_cpipe.probe.probe import probe
 from lightning_cpipe.strategy.cutting import memory_needs, probe_steps
 from lightning_cpipe.strategy.lightning_private import TunerExit, set_num_threads_if_needed
 from lightning_cpipe.strategy.loops import fetcher_of
-from lightning_cpipe.strategy.probing import choose_starts
+from lightning_cpipe.strategy.probing import choose_starts, not_compiled
 from lightning_cpipe.strategy.samples import samples_in
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 
@@ -53,8 +53,11 @@ class Planning(ContinuousPipeStrategy):
         steps = probe_steps(trainer, self.processes, device, self._seed)
         limit = None if asked.memory_limit is None else bytes_of(asked.memory_limit)
         needs = memory_needs(trainer, self._schedule, self._planned_stages, limit)
-        choice = choose_starts(module, steps[0], self._planned_stages, asked.split_points, device, needs, measured=True)
-        cut = probe(module, steps, choice.survey, choice.starts, device, asked.check)
+        with not_compiled():
+            choice = choose_starts(
+                module, steps[0], self._planned_stages, asked.split_points, device, needs, measured=True
+            )
+            cut = probe(module, steps, choice.survey, choice.starts, device, asked.check)
         if choice.costs is not None:
             drawn = fetcher_of(trainer).peek()
             samples = None if drawn is None else samples_in(drawn.batch)

@@ -111,8 +111,8 @@ def find_cut(
         if choice.costs is not None and num_stages > 1 and isinstance(split_points, str):
             by = "measured times" if choice.costs.by_time else "floating-point operations"
             rank_zero_info(
-                f"{num_stages} stages, balanced by {by}. `split_points={list(choice.starts)}` would cut in the same places"
-                " anywhere."
+                f"{num_stages} stages, balanced by {by}. `split_points={list(choice.starts)}` would cut in the same"
+                " places anywhere."
             )
         return probe(module, steps, choice.survey, choice.starts, device, check)
 
