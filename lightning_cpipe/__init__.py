@@ -19,15 +19,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
     from lightning_cpipe.strategy import ContinuousPipeStrategy
+    from lightning_cpipe.strategy.parity import assert_pipeline_parity
 
 __version__ = "0.1.0"
 
-__all__ = ["ContinuousPipeStrategy", "IdleMonitor", "ThroughputMonitor", "__version__", "register"]
+__all__ = [
+    "ContinuousPipeStrategy",
+    "IdleMonitor",
+    "ThroughputMonitor",
+    "__version__",
+    "assert_pipeline_parity",
+    "register",
+]
 
 _HOME = {
     "ContinuousPipeStrategy": "lightning_cpipe.strategy",
     "IdleMonitor": "lightning_cpipe.callbacks",
     "ThroughputMonitor": "lightning_cpipe.callbacks",
+    "assert_pipeline_parity": "lightning_cpipe.strategy.parity",
 }
 
 

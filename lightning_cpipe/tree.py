@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,21 +19,33 @@ from torch import Tensor
 from lightning_cpipe.torch_private import pytree
 
 
-class TensorSpec(NamedTuple):
+@dataclass(frozen=True)
+class TensorSpec:
     """What a receiver must know of a tensor before it comes.
 
     Attributes:
         shape: sizes of the dimensions.
         dtype: element type.
+        order: the dimensions from the outermost in memory to the innermost, where that is not their own order; no
+            difference between two tensors, but a convolution may round otherwise.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    order: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         """The spec of a tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype)
+        return cls(tuple(tensor.shape), tensor.dtype, _order_of(tensor))
+
+    def laid_out(self, tensor: Tensor) -> Tensor:
+        """The same numbers in this order in memory."""
+        if self.order == _order_of(tensor):
+            return tensor
+        order = self.order or range(tensor.ndim)
+        inverse = [list(order).index(dimension) for dimension in range(tensor.ndim)]
+        return tensor.permute(*order).contiguous().permute(inverse)
 
     @property
     def num_bytes(self) -> int:
@@ -42,6 +54,14 @@ class TensorSpec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def _order_of(tensor: Tensor) -> tuple[int, ...]:
+    """The order of the dimensions in memory; nothing for their own order, or if there are gaps."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return ()
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    return tuple(order) if tensor.permute(order).is_contiguous() else ()
 
 
 @dataclass(frozen=True)
@@ -151,8 +171,8 @@ TemplateTable = dict[tuple[str, int], Template]
 """The outputs of modules without their numbers: (module, call) -> template."""
 
 
-Signature = tuple[Any, ...]
-"""What decides the shapes inside a step: structure, shapes and dtypes of its batch. Hashable."""
+Signature = Hashable
+"""What decides the shapes inside a step: structure, shapes and dtypes of its batch."""
 
 
 def signature(batch: Any) -> Signature:

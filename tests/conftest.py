@@ -13,6 +13,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 # torch's store asks for the name of whoever calls; a name server that answers late would hold up all ranks.
 os.environ["RES_OPTIONS"] = "attempts:0"
+# Models are made from their configurations, with random weights.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch

@@ -162,6 +162,19 @@ def test_specs_read_as_words() -> None:
     assert str(TensorSpec.of(torch.tensor(1))) == "int64[]"
 
 
+def test_the_order_in_memory_is_known_and_makes_no_difference() -> None:
+    image = torch.arange(24.0).view(1, 2, 3, 4)
+    last = TensorSpec.of(image.to(memory_format=torch.channels_last))
+    assert last.order == (0, 2, 3, 1)
+    assert last == TensorSpec.of(image)
+    assert hash(last) == hash(TensorSpec.of(image))
+    laid_out = last.laid_out(image)
+    assert torch.equal(laid_out, image)
+    assert laid_out.is_contiguous(memory_format=torch.channels_last)
+    assert TensorSpec.of(image).laid_out(laid_out).stride() == image.stride()
+    assert TensorSpec.of(image[..., ::2]).order == TensorSpec.of(torch.tensor(1)).order == ()
+
+
 class Other:
     pass
 

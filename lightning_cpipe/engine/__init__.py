@@ -7,6 +7,7 @@ decisions    what the last stage says to all others
 ties         parameters that several stages train
 shapes       what is known of the shapes of a batch
 mini_batch   what the engine knows of a mini-batch
+rehearsal    all stages in one process, to look at
 timeline     what the stage did when
 figures      sums of that, and the delay that was measured
 """

@@ -345,7 +345,7 @@ class TrainingStream:
         if self._gradient_goes:
             assert self._to.gradients_out is not None
             received = self.in_flight[number].received
-            self._to.gradients_out.send([_gradient_of(leaf) for leaf in received if leaf.requires_grad])
+            self._to.gradients_out.send([gradient_of(leaf) for leaf in received if leaf.requires_grad])
 
     # ---- what they need ----
 
@@ -375,6 +375,6 @@ class TrainingStream:
                 )
 
 
-def _gradient_of(leaf: Tensor) -> Tensor:
+def gradient_of(leaf: Tensor) -> Tensor:
     """What came back for a received tensor; zeros if the step did not use it this time."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad

@@ -10,7 +10,8 @@ with the recorded numbers in place of what comes before it:
    bits. What makes a difference is received too.
 3. The stages are run one after the other, two steps in a row, and compared with the whole module: loss, what is logged
    and returned and, with ``check="full"``, all gradients. It catches what no random numbers can, such as a count that
-   the end of a step keeps for the beginning of the next, or a hook on a tensor.
+   the end of a step keeps for the beginning of the next, or a hook on a tensor. Where gradients are not compared, the
+   loss must at least not depend on an earlier stage's weights past what crosses, as through a hook on a module.
 
 The probe changes nothing: not the module, not the generators.
 """
@@ -32,7 +33,7 @@ from lightning_cpipe.probe.homes import Homes
 from lightning_cpipe.probe.step import RecordedStep, Step, find_draws
 from lightning_cpipe.probe.survey import Survey
 from lightning_cpipe.probe.trial import NOTHING, Traces, Trial
-from lightning_cpipe.probe.uncut import compare_with_uncut, refusal
+from lightning_cpipe.probe.uncut import compare_with_uncut, refusal, weights_behind
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.tree import TemplateTable
@@ -49,9 +50,11 @@ def probe(
     survey: Survey,
     starts: Sequence[str],
     device: torch.device,
-    check: Check = "auto",
+    check: Check | None = "auto",
 ) -> Cut:
     """Find the cut of `root` into stages that begin at `starts`.
+
+    With `check` None, nothing is compared with the uncut module: who asks does that.
 
     Raises:
         CutError: if it can't be cut there; the message names the module and the cut.
@@ -76,10 +79,12 @@ def probe(
         homes.require_few_ties()
         for cutter in cutters:
             with _naming_the_cut(starts), isolation.of(cutter.seed):
-                cutter.follow_numbers(homes)
-                if starts:
+                cutter.follow_numbers(homes, compare=check is not None)
+                if starts and check is not None:
                     full = check == "full" or (check == "auto" and _size(root) < FULL_CHECK_BELOW)
                     cutter.compare_all(with_gradients=full)
+                    if not full:
+                        cutter.require_nothing_behind(homes)
     finally:
         isolation.remove()
     return Cut(
@@ -160,12 +165,15 @@ class _Cutter:
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
         self._needed_by_gradient = found[::-1]
 
-    def follow_numbers(self, homes: Homes) -> None:
-        """From the last stage to the first: what the results depend on in any way."""
+    def follow_numbers(self, homes: Homes, *, compare: bool) -> None:
+        """From the last stage to the first: what the results depend on in any way.
+
+        With `compare`, each stage must make what the whole module made.
+        """
         sends: tuple[Crossing, ...] = ()
         for stage in reversed(range(len(self._stubs))):
             with self._trial(stage, sends) as trial:
-                if self._starts:
+                if self._starts and compare:
                     self._require_right(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
                 self._passages.insert(
@@ -185,6 +193,18 @@ class _Cutter:
             )
         if difference is not None:
             raise self._refusal(f"{difference} of {self.name} differs from the uncut module's")
+
+    def require_nothing_behind(self, homes: Homes) -> None:
+        """The loss depends on earlier stages' weights through what modules return, and through nothing else."""
+        if not self._recorded.step.trains:
+            return
+        for passage in self._passages[1:]:
+            before = [name for name, stages in homes.trained_on.items() if max(stages) < passage.stage]
+            with self._explained():
+                behind = weights_behind(self._root, self._recorded.step, passage, before)
+            if behind:
+                what = f"the loss of {self.name} depends on {behind[0]!r} past what crosses to stage {passage.stage}"
+                raise self._refusal(what)
 
     def cut(self) -> StepCut:
         """What was found."""

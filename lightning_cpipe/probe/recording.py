@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,20 +125,23 @@ def record(root: nn.Module, step: Callable[[], Any], watched: Iterable[str]) -> 
     Returns:
         The recording, and what `step` returned.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
     with recorder.watching(root, watched):
         result = step()
     return recorder.finish(), result
 
 
-class _Recorder:
+class Recorder:
+    """Watches modules while a step runs inside `watching`, even if the step is left before its end."""
+
     def __init__(self) -> None:
         self._calls: list[Call] = []
         self._open: list[tuple[Call, TorchState]] = []
         self._outputs: list[tuple[Call, list[Tensor], list[int]]] = []
         self._moment = 0
 
-    def watching(self, root: nn.Module, watched: Iterable[str]) -> Any:
+    def watching(self, root: nn.Module, watched: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside, the calls of these modules are noted."""
         return _Hooks(self._hooks(root, watched))
 
     def _hooks(self, root: nn.Module, watched: Iterable[str]) -> Iterator[Any]:
@@ -165,6 +169,7 @@ class _Recorder:
         self._outputs.append((call, live, [leaf._version for leaf in live]))
 
     def finish(self) -> Recording:
+        """What was noted."""
         for call, live, versions in self._outputs:
             call.rewritten = tuple(leaf._version != version for leaf, version in zip(live, versions))
         return Recording(tuple(self._calls))

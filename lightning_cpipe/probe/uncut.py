@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from lightning_cpipe.probe.step import RecordedStep, Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.cut import Passage
 from lightning_cpipe.stage.replay import Replay, Replayed
-from lightning_cpipe.tree import TemplateTable
+from lightning_cpipe.tree import TemplateTable, map_tensors
 
 
 def compare_with_uncut(
@@ -56,17 +58,66 @@ def compare_with_uncut(
     return None
 
 
+def weights_behind(root: nn.Module, step: Step, passage: Passage, names: Sequence[str]) -> list[str]:
+    """Those of these weights that the uncut module's loss depends on past what the stage's stubs return.
+
+    Nothing of the kind can cross: what a hook inside a block took for the loss, such as the choices of a router. Runs
+    the uncut module once, with the stubs' outputs cut off from the graph.
+
+    Args:
+        root: the whole module.
+        step: its step.
+        passage: the stage.
+        names: of parameters that only stages before this one train.
+    """
+    calls: Counter[str] = Counter()
+
+    def cut_off(name: str) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            calls[name] += 1
+            stubbed = passage.stubs[name]
+            return output if stubbed is not None and calls[name] > stubbed else map_tensors(_apart, output)
+
+        return after
+
+    with untouched(root), ExitStack() as hooks:
+        for name in passage.stubs:
+            # Before any other hook, so that these see what is cut off.
+            handle = root.get_submodule(name).register_forward_hook(cut_off(name), prepend=True)
+            hooks.callback(handle.remove)
+        loss = step.run().loss
+        if loss is None or not loss.requires_grad or not names:
+            return []
+        found = gradients([loss], [torch.ones_like(loss)], [root.get_parameter(name) for name in names])
+        return [name for name, gradient in zip(names, found) if gradient is not None]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The same numbers without their graph; no leaf, so that it may be written into."""
+    return tensor.detach().requires_grad_(tensor.requires_grad).clone()
+
+
 def refusal(what: str, origins: Sequence[str], changed: Sequence[str]) -> CutError:
     """The error for a cut that changes results.
 
     Args:
         what: differs.
+        origins: see `reasons`.
+        changed: see `reasons`.
+    """
+    return CutError(f"{what}. {reasons(origins, changed)}")
+
+
+def reasons(origins: Sequence[str], changed: Sequence[str]) -> str:
+    """Why a cut may change results, and what to do.
+
+    Args:
         origins: modules that hand on something besides what they return, where they could be found.
         changed: the attributes that the step changes.
     """
     hint = f" Attributes that the step changes: {', '.join(changed)}." if changed else ""
-    return CutError(
-        f"{what}. Something is handed on other than through what {', '.join(origins) or 'a module'} returns: on an"
+    return (
+        f"Something is handed on other than through what {', '.join(origins) or 'a module'} returns: on an"
         " attribute or a global variable, within a step or from one step to the next; by writing into an input; by a"
         " `self.log` inside a module; by Python's or NumPy's random numbers, drawn inside a module; by a hook on a"
         f" tensor; or by an activation checkpoint that reaches across the cut.{hint} Return the value from the module"

@@ -1,6 +1,6 @@
 """Runs a module's step for a look at it, and leaves the module as it was.
 
-Put back afterwards: buffers, attributes and all that hangs on them (see `contents`), the mode of every module,
+Put back afterwards: buffers, attributes and all that hangs on them (see `contents`), hooks, the mode of every module,
 gradients and the global random generators. Weights are not copied; a step that writes one in place is refused, unless
 it hides it from autograd (`weight.data.clamp_()`).
 """
@@ -20,6 +20,9 @@ from lightning_cpipe.stage.randomness import unchanged
 _BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
 """What torch keeps in every module: hooks, and the dicts of parameters, buffers and children."""
 
+_HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key)
+"""The dicts of hooks among them."""
+
 Place = tuple[str, str]
 """A module's name and the name of an attribute or buffer of it."""
 
@@ -30,6 +33,8 @@ class Snapshot:
     def __init__(self, root: nn.Module) -> None:
         self._modules = dict(root.named_modules())
         self._weights = [(name, p, p.data, p._version, p.requires_grad, p.grad) for name, p in root.named_parameters()]
+        hooks = (vars(module).get(key) for module in self._modules.values() for key in _HOOKS)
+        self._hooks = [(each, dict(each)) for each in hooks if each is not None]
         self._saved = {name: _state_of(module) for name, module in self._modules.items()}
         self._contents, self._read = self._read_all()
 
@@ -55,6 +60,11 @@ class Snapshot:
                 (module._buffers if key in module._buffers else module.__dict__).pop(key)
             for key, value in saved.items():
                 (module._buffers if key in module._buffers else module.__dict__)[key] = value
+        for hooks, before in self._hooks:
+            # The step may have registered some, and noted on an attribute that it need not do so again.
+            if hooks.keys() != before.keys():
+                hooks.clear()
+                hooks.update(before)
         # Only what hung there before: what took its place meanwhile, such as the batch, is not to be written into.
         self._contents.put_back()
         written = []

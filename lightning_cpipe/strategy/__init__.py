@@ -4,6 +4,7 @@ strategy           the door: one method per hook
 options            its arguments
 loops              the few methods of Lightning's loops that differ
 fetcher            data, drawn ahead of the loop; epoch_reader, update_count, drawn: through epochs, to the run's end
+parity             whether a module gives the same in stages, asked in one process
 cutting, probing   set-up: look at the module, choose the cuts, agree on them
 run_at_hand        this rank's part of one run: steps, on a stage_run; sharing; hooks
 steps              the steps, of mini-batches ahead of the loop's

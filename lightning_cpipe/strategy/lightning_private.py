@@ -34,6 +34,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -53,6 +54,7 @@ __all__ = [
     "TunerExit",
     "adopt",
     "as_of",
+    "attach_for_training",
     "callbacks_of",
     "combined_loader_of",
     "default_backend_for",
@@ -167,6 +169,14 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """The trainer's callbacks, an attribute that it has without declaring it."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def attach_for_training(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let the module be the trainer's as in the first step of a fit, without running one."""
+    trainer.strategy.connect(module)
+    trainer._data_connector.attach_data(module)
+    trainer.state.fn = TrainerFn.FITTING
+    trainer.training = True
 
 
 def combined_loader_of(loop: Any) -> Any:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -89,10 +90,10 @@ def find_cut(
     num_stages: int,
     split_points: str | Sequence[str],
     device: torch.device,
-    check: Check,
+    check: Check | None,
     needs: MemoryNeeds | None = None,
 ) -> Cut:
-    """Choose where to cut, and probe it.
+    """Choose where to cut, and probe it; see `probe`.
 
     Args:
         module: the whole module.
@@ -203,21 +204,26 @@ def _existing(module: pl.LightningModule, seen: Survey, num_stages: int, split_p
     return list(split_points)
 
 
-def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:
+def observe(module: pl.LightningModule, name: str, arguments: tuple[Any, ...]) -> Observed:
+    """Run a step, unheard by the trainer and its loggers, and see what it gives.
+
+    Raises:
+        CutError: if training's step gives no loss.
+    """
     trains = name == "training_step"
-    context = getattr(module.trainer.precision_plugin, STEPS[name].context)
-
-    def call() -> Observed:
-        logged: dict[str, Any] = {}
-        with _unheard(module, logged), context():
-            if not trains:
-                module.eval()
-            # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
-            returned = getattr(module, name)(*copy.deepcopy(arguments))
+    logged: dict[str, Any] = {}
+    with _unheard(module, logged), getattr(module.trainer.precision_plugin, STEPS[name].context)():
         if not trains:
-            return Observed(None, returned, logged)
-        return Observed(_loss_of(returned), _without_loss(returned), logged)
+            module.eval()
+        # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
+        returned = getattr(module, name)(*copy.deepcopy(arguments))
+    if not trains:
+        return Observed(None, returned, logged)
+    return Observed(_loss_of(returned), _without_loss(returned), logged)
 
+
+def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:
+    call, trains = partial(observe, module, name, arguments), name == "training_step"
     return Step(name, call, trains, derived_seed(seed, name), kind, str(module.trainer.precision))
 
 

@@ -23,6 +23,7 @@ from lightning_cpipe.tree import TensorSpec
 class _Message(NamedTuple):
     tensors: list[Tensor]
     works: list[dist.Work]
+    specs: Sequence[TensorSpec] = ()
 
 
 class Edge:
@@ -57,7 +58,7 @@ class Edge:
     def post(self, specs: Sequence[TensorSpec]) -> None:
         """Make room for the next message. Returns at once."""
         buffers = [torch.empty(spec.shape, dtype=spec.dtype, device=self._device) for spec in specs]
-        self._posted.append(_Message(buffers, [self._irecv(buffer) for buffer in buffers]))
+        self._posted.append(_Message(buffers, [self._irecv(buffer) for buffer in buffers], specs))
         self._count(list(specs))
 
     def receive(self) -> list[Tensor]:
@@ -65,7 +66,7 @@ class Edge:
         message = self._posted.popleft()
         for work in message.works:
             self._wait(work)
-        return message.tensors
+        return [spec.laid_out(tensor) for spec, tensor in zip(message.specs, message.tensors)]
 
     def send_filler(self, specs: Sequence[TensorSpec]) -> None:
         """Send a message of these specs that nobody will look at."""

@@ -2,99 +2,193 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.probe.balance import balanced_starts
+from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed
-from tests.helpers.fits import fit_in_pipeline, require_same_bits
-from tests.helpers.modules import Chain, make_optimizer, noise_loader
+from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.reference import train_delayed
 
-EPOCHS = 3
 SEED = 7
+
+
+@dataclass
+class Found:
+    """What one rank knows besides.
+
+    Attributes:
+        cut: of the module.
+        gradients: of the first mini-batch, on this stage.
+        buffers: at the end; whole on rank 0.
+    """
+
+    cut: Cut
+    gradients: Numbers
+    buffers: Numbers
+
+
+class FirstStep(pl.Callback):
+    """Notes the cut, and the gradients of the first mini-batch."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.cut = trainer.strategy.stage_run.module.cut
+        self.gradients: Numbers = {}
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        named = pl_module.named_parameters()
+        self.gradients = self.gradients or {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def look(trainer: pl.Trainer, module: pl.LightningModule) -> Found:
+    """What a `FirstStep` noted, after the fit."""
+    noted = next(each for each in trainer.callbacks if isinstance(each, FirstStep))
+    return Found(noted.cut, noted.gradients, {name: buffer.clone() for name, buffer in module.named_buffers()})
 
 
 def require_equal_to_reference(
     p: int,
-    optimizer: str = "sgd",
+    module: Callable[[], pl.LightningModule],
+    train: Callable[[], Any],
+    optimizer_of: Callable[[list[nn.Parameter]], tuple[torch.optim.Optimizer, Any]],
+    *,
+    epochs: int,
     accumulate: int = 1,
-    schedule: str | None = None,
-    extra_in_flight: int = 0,
-    dropout: float = 0.0,
-    noise: bool = False,
-) -> None:
-    """Losses of every step and final weights of three shuffled epochs of 8 mini-batches, the last one shorter."""
-    module = partial(Chain, optimizer=optimizer, schedule=schedule, dropout=dropout, noise=noise)
-    seen = fit_in_pipeline(
+    **strategy: Any,
+) -> list[Seen]:
+    """The loss of every step and the final weights and buffers are those of training with delayed gradients.
+
+    Args:
+        p: stages.
+        module: makes the module.
+        train: makes its loader.
+        optimizer_of: see `train_delayed`; what the module configures.
+        epochs: how many are trained.
+        accumulate: mini-batches for an update.
+        strategy: options of the strategy.
+
+    Returns:
+        What the ranks saw; each has `Found`.
+    """
+    ranks = fit_in_pipeline(
         p,
         module,
-        partial(noise_loader, samples=22, batch_size=3, shuffle=True),
-        strategy={"extra_in_flight": extra_in_flight},
+        train,
+        strategy=strategy,
+        callbacks=lambda: [FirstStep()],
+        look=look,
         seed=SEED,
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         accumulate_grad_batches=accumulate,
-    )[0]
-    reference = module()
-    per_epoch = len(seen.batches) // EPOCHS
+    )
+    seen = ranks[0]
+    whole = TrainingStep(module())
+    per_epoch = len(seen.batches) // epochs
+    stages, aliases = names_on_stages(whole, seen.found.cut, seen.batches[0])
     losses = train_delayed(
-        reference,
-        stages_of(reference, p),
+        whole,
+        stages,
         [(batch, _updates_after(i % per_epoch, per_epoch, accumulate)) for i, batch in enumerate(seen.batches)],
-        partial(loss_of, noise=noise),
-        make_optimizer(optimizer, schedule),
+        lambda net, batch: net(batch),
+        optimizer_of,
         accumulate,
-        extra_in_flight,
-        partial(random_numbers_of, reference),
+        strategy.get("extra_in_flight", 0),
+        partial(random_numbers_of, whole.module, seen.found.cut),
+        aliases,
     )
     # Lightning shows the loss divided by `accumulate`.
     assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in losses] == seen.losses
-    require_same_bits(seen.weights, dict(reference.named_parameters()))
+    require_same_bits(seen.weights, dict(whole.module.named_parameters()))
+    require_same_bits(seen.found.buffers, dict(whole.module.named_buffers()))
+    return ranks
 
 
-def stages_of(module: Chain, num_stages: int) -> list[list[str]]:
-    """The parameters of each stage; the blocks are all alike."""
-    starts = [0, *balanced_starts([1.0] * len(module.net), num_stages), len(module.net)]
-    names = [name for name, _ in module.named_parameters()]
-    return [
-        [name for name in names if int(name.split(".")[1]) in range(begin, end)]
-        for begin, end in itertools.pairwise(starts)
-    ]
+def names_on_stages(whole: TrainingStep, cut: Cut, batch: Any) -> tuple[list[list[str]], dict[str, str]]:
+    """The parameters that each stage trains, by the name that it uses; and further names that it uses for them.
+
+    Seen by running the step on a copy: a stage begins where the module that begins it is entered.
+    """
+    used: list[set[str]] = [set() for _ in range(cut.num_stages)]
+    starts = [f"module.{start}" for start in cut.starts]
+    at = [0]
+
+    def enter(name: str, module: nn.Module, *_: Any) -> None:
+        at[0] += at[0] < len(starts) and name == starts[at[0]]
+        used[at[0]].update(f"{name}.{key}" for key in module._parameters)
+
+    watched = copy.deepcopy(whole)
+    for name, each in watched.named_modules(remove_duplicate=False):
+        each.register_forward_pre_hook(partial(enter, name))
+    with torch.random.fork_rng(devices=[]):
+        watched(copy.deepcopy(batch))
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in whole.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    stages: list[list[str]] = [[] for _ in used]
+    aliases: dict[str, str] = {}
+    for first, *others in names.values():
+        for stage in cut.trained_on.get(first.removeprefix("module."), ()):
+            # What hangs in no module that is called is used by the name that it has.
+            name, *more = [name for name in (first, *others) if name in used[stage]] or [first]
+            stages[stage].append(name)
+            aliases.update(dict.fromkeys(more, name))
+    return stages, aliases
 
 
-def loss_of(net: Callable[[Tensor], Tensor], batch: Any, noise: bool) -> Tensor:
-    """What `Chain.loss` computes."""
-    x, y = batch
-    if noise:
-        x = x + 0.1 * torch.randn_like(x)
-    return nn.functional.mse_loss(net(x), y)
+class TrainingStep(nn.Module):
+    """A LightningModule's `training_step` as a forward, heard by nobody."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__()
+        module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
+        self.module = module
+
+    def forward(self, batch: Any) -> Tensor:
+        loss: Tensor = self.module.training_step(batch, 0)
+        return loss
 
 
 @contextmanager
-def random_numbers_of(module: Chain, batch: int) -> Iterator[None]:
-    """The contract: a step starts from RNG(seed, j), and a block that draws from RNG(seed, j, block)."""
+def random_numbers_of(module: nn.Module, cut: Cut, batch: int) -> Iterator[None]:
+    """The contract: a step starts from RNG(seed, j), and a module that draws from RNG(seed, j, module).
+
+    A module that draws and is called more than once takes a number from the step's own generator, too.
+    """
     seed = derived_seed(SEED, "mini-batch", batch)
     outer: list[Tensor] = []
 
     def before(name: str, *_: Any) -> None:
+        again = [int(torch.empty((), dtype=torch.int64).random_())] if name in cut.draws_repeatedly else []
         outer.append(torch.get_rng_state())
-        torch.manual_seed(derived_seed(seed, name))
+        torch.manual_seed(derived_seed(seed, name, *again))
 
     def after(*_: Any) -> None:
         torch.set_rng_state(outer.pop())
 
-    with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
-        for name, block in module.net.named_children():
-            hooks.callback(block.register_forward_pre_hook(partial(before, f"net.{name}")).remove)
-            hooks.callback(block.register_forward_hook(after).remove)
-        torch.manual_seed(seed)
-        yield
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        with ExitStack() as hooks, torch.random.fork_rng(devices=[]):
+            for name in cut.draws:
+                each = module.get_submodule(name)
+                hooks.callback(each.register_forward_pre_hook(partial(before, name)).remove)
+                hooks.callback(each.register_forward_hook(after).remove)
+            torch.manual_seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+            random.seed(seed)
+            yield
+    finally:
+        np.random.set_state(numpy)
+        random.setstate(python)
 
 
 def _updates_after(place: int, per_epoch: int, accumulate: int) -> bool:

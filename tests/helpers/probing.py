@@ -1,8 +1,4 @@
-"""Cuts plain modules, and runs their stages one after the other in this process.
-
-Each stage is a copy of the module of which only its own weights are left, as in a process of its own; what crosses
-goes from copy to copy by hand.
-"""
+"""Cuts plain modules, and rehearses their stages."""
 
 from __future__ import annotations
 
@@ -10,19 +6,17 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.engine.shapes import Shapes
+from lightning_cpipe.engine.rehearsal import Passed, Rehearsal, added
 from lightning_cpipe.equality import close, same_bits
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import seeded
 from lightning_cpipe.stage.stage_module import StageModule
-from lightning_cpipe.stage.weights import keep_only
 from lightning_cpipe.strategy.probing import find_cut
 from lightning_cpipe.tree import flatten, signature
 
@@ -123,85 +117,37 @@ class Whole:
 
 
 class Stages:
-    """All stages of a module, each a copy without the weights of the others.
+    """A rehearsal of a plain module's stages.
 
     Attributes:
-        modules: the copies.
-        shapes: what each stage knows of the shapes of each step.
+        modules: a copy for each stage, without the weights of the others.
     """
 
     def __init__(self, root: nn.Module, cut: Cut, run: Run = forward_of) -> None:
-        self.cut = cut
-        self.modules = [copy.deepcopy(root) for _ in range(cut.num_stages)]
-        for stage, module in enumerate(self.modules):
-            keep_only(module, cut, stage)
-        self.stages = [StageModule(module, cut, stage, CPU) for stage, module in enumerate(self.modules)]
-        self.shapes = [
-            {name: Shapes(step, step.passages[stage]) for name, step in cut.steps.items()}
-            for stage in range(cut.num_stages)
-        ]
+        self._rehearsal = Rehearsal(root, cut, CPU)
+        self.modules = self._rehearsal.modules
         self._run = run
 
     def step(self, batch: Any, seed: int = SEED) -> Result:
         """One step: the forwards from the first stage to the last, the backwards in the other direction."""
-        received, sent, returned = self.forward(STEP, self._run, batch, seed)
-        gradients: dict[str, Tensor] = {}
-        buffers: dict[str, Tensor] = {}
-        coming: list[Tensor | None] = []
-        for number in reversed(range(len(self.stages))):
-            with self.stages[number].backward(seed):
-                if number == len(self.stages) - 1:
-                    returned.loss.backward()
-                else:
-                    pairs = [(out, g) for out, g in zip(sent[number], coming) if g is not None and out.requires_grad]
-                    if pairs:
-                        torch.autograd.backward([out for out, _ in pairs], [g for _, g in pairs])
-            coming = [
-                (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad) if leaf.requires_grad else None
-                for leaf in received[number]
-            ]
-            for name, parameter in self.modules[number].named_parameters():
-                if parameter.grad is not None:
-                    assert number in self.cut.trained_on[name], f"{name} gets a gradient on stage {number}"
-                    before = gradients.get(name)
-                    gradients[name] = parameter.grad if before is None else before + parameter.grad
-                    parameter.grad = None
-            homes = self.cut.buffer_homes
-            buffers |= {n: b.clone() for n, b in self.modules[number].named_buffers() if homes[n] == number}
-        return Result(returned.loss.detach(), returned.output, gradients, buffers)
+        passed = self._forward(STEP, self._run, batch, seed)
+        made = passed[-1].returned
+        by_stage = self._rehearsal.backward(passed, made.loss, seed)
+        for stage, gradients in enumerate(by_stage):
+            elsewhere = [name for name in gradients if stage not in self._rehearsal.cut.trained_on[name]]
+            assert not elsewhere, f"{elsewhere} get a gradient on stage {stage}"
+        return Result(made.loss.detach(), made.output, added(by_stage), self._rehearsal.buffers())
 
     def evaluate(self, name: str, run: Run, batch: Any, seed: int = SEED) -> Any:
         """A step that does not train: what it returned."""
         with torch.no_grad():
-            return self.forward(name, run, batch, seed)[2].output
+            return self._forward(name, run, batch, seed)[-1].returned.output
 
-    def forward(self, name: str, run: Run, batch: Any, seed: int) -> tuple[list[list[Tensor]], list[list[Tensor]], Any]:
-        """The forwards alone: what each stage received and sent, and what the last one returned."""
-        kind = signature(batch)
-        table: Any = None
-        received: list[list[Tensor]] = []
-        sent: list[list[Tensor]] = []
-        returned = None
-        for module, stage, known_shapes in zip(self.modules, self.stages, self.shapes):
-            shapes = known_shapes[name]
-            crossings = self.cut.steps[name].passages[stage.stage].receives
-            arriving = [t.detach().clone() for t in sent[-1]] if sent else []
-            received.append([t.requires_grad_(c.gradient) for t, c in zip(arriving, crossings)])
-            if table is not None:
-                shapes.learn(kind, table)
-            known = None if shapes.of(kind) is None else shapes.of(kind).table
-            told = table is not None or known is None
-            step = partial(self._call, module, name, run, copy.deepcopy(batch))
-            made = stage.forward(name, step, seed, received[-1], known, describe=told)
-            if told:
-                table = {**(known or {}), **made.templates}
-                shapes.learn(kind, table)
-            sent.append(made.sent)
-            returned = made.returned
-        return received, sent, returned
+    def _forward(self, name: str, run: Run, batch: Any, seed: int) -> list[Passed]:
+        def call(module: nn.Module) -> Observed:
+            return observed(run(module, copy.deepcopy(batch)), name == STEP)
 
-    def _call(self, module: nn.Module, name: str, run: Run, batch: Any) -> Observed:
-        return observed(run(module, batch), name == STEP)
+        return self._rehearsal.forward(name, call, signature(batch), seed)
 
 
 def require_same(stages: Result, whole: Result, exact: bool = True) -> None:

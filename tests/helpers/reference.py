@@ -10,7 +10,7 @@ another stage some mini-batches later, and both have the new weights when their 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ def train_delayed(
     accumulate: int = 1,
     extra_in_flight: int = 0,
     random_of: Callable[[int], Any] = lambda j: contextlib.nullcontext(),
+    aliases: Mapping[str, str] | None = None,
 ) -> list[float]:
     """Train `module` in place.
 
@@ -40,6 +41,7 @@ def train_delayed(
         accumulate: divides the loss.
         extra_in_flight: multiplies the lag by one more than this.
         random_of: the random scope of mini-batch j.
+        aliases: further names that a stage uses for a parameter, with the name in `stages`.
 
     Returns:
         The loss of each mini-batch.
@@ -56,8 +58,9 @@ def train_delayed(
     for j, (batch, updates) in enumerate(batches):
         used = [versions[max(0, j - lag)] for versions, lag in zip(history, lags)]
         weights = {name: weight for version in used for name, weight in version.items()}
+        named = weights | {alias: weights[name] for alias, name in (aliases or {}).items()}
         with random_of(j):
-            loss = loss_of(partial(functional_call, module, weights, tie_weights=False), batch)
+            loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
         losses.append(loss.item())
         found = dict(zip(weights, torch.autograd.grad(loss / accumulate, list(weights.values()))))
         due = {}

@@ -221,3 +221,28 @@ def test_places_that_are_no_place_to_cut_are_refused(p: int, options: dict[str, 
 def test_split_points_say_where_stages_begin(points: list[str]) -> None:
     cut = check_cut(Blocks(), [batches(0)[0]], 2, split_points=points)
     assert cut.starts == tuple(points)
+
+
+class Routed(Blocks):
+    """A hook takes from the first block what goes into the loss: nothing as a number, but a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[Tensor] = []
+        self.blocks[0].linear.register_forward_hook(lambda module, args, output: self.taken.append(output))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.taken.clear()
+        loss = super().forward(x, y)
+        return loss + sum((each - each.detach()).sum() for each in self.taken)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_a_gradient_past_the_cut_is_refused_where_the_module_is_too_big_to_compare(p: int) -> None:
+    with pytest.raises(CutError, match=r"depends on 'blocks.0.linear.weight' past what crosses to stage 1.*by a hook"):
+        cut_of(Routed(), batches(0)[0], p, check="fills")
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_what_crosses_as_it_should_is_not_refused_there(p: int) -> None:
+    cut_of(Blocks(), batches(0)[0], p, check="fills")

@@ -133,6 +133,22 @@ def test_gradients_are_put_back() -> None:
     assert module.inner.bias.grad is None
 
 
+def test_hooks_that_a_step_registers_or_removes_are_put_back() -> None:
+    """Else each look at a step that registers its hooks once would leave one more."""
+    module = Module()
+    heard: list[str] = []
+    handle = module.inner.register_forward_hook(lambda *_: heard.append("before"))
+    with untouched(module):
+        handle.remove()
+        module.inner.register_forward_hook(lambda *_: heard.append("inside"))
+        module.inner.register_forward_pre_hook(lambda *_: heard.append("inside"))
+    module.inner(torch.randn(4, 3))
+    assert heard == ["before"]
+    handle.remove()
+    module.inner(torch.randn(4, 3))
+    assert heard == ["before"]
+
+
 def test_whether_a_parameter_is_trained_is_put_back() -> None:
     module = Module()
     with untouched(module):

@@ -27,9 +27,9 @@ from lightning_cpipe.errors import AbsentWeightError, RankLostError
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.strategy.checkpoint import GroupOrder, own_optimizer_state
-from tests.helpers.comparing import stages_of
 from tests.helpers.fits import quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.probing import cut_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import train_delayed
 
@@ -392,9 +392,10 @@ def test_what_follows_a_resume_is_what_the_contract_says(runs: Any, p: int, step
     path = path_at(runs(3)[0], step)
     seen = fit(p, ckpt_path=path)[0]
     module = Grouped.load_from_checkpoint(path)
+    cut = cut_of(module, seen["batches"][0][-1], p, run=Grouped.loss)
     losses = train_delayed(
         module,
-        [[name for name in stage if name != "net.0.linear.bias"] for stage in stages_of(module, p)],
+        [[name for name, stages in cut.trained_on.items() if stages == (stage,)] for stage in range(p)],
         [(batch, True) for _, _, batch in seen["batches"]],
         lambda net, batch: nn.functional.mse_loss(net(batch[0]), batch[1]),
         Resumed(module, read(path)),

@@ -29,6 +29,7 @@ from torch import nn
 import lightning_cpipe
 from lightning_cpipe.strategy.lightning_private import (
     as_of,
+    attach_for_training,
     callbacks_of,
     evaluation_arguments,
     has_transfer_hooks,
@@ -100,6 +101,15 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "module._apply_batch_transfer_handler": ("batch", "device", "dataloader_idx"),
     "module._example_input_array": None,
     "module._on_before_batch_transfer": ("batch", "dataloader_idx"),
+    "trainer._data_connector": None,
+    "trainer._data_connector.attach_data": (
+        "model",
+        "train_dataloaders",
+        "val_dataloaders",
+        "test_dataloaders",
+        "predict_dataloaders",
+        "datamodule",
+    ),
     "trainer._logger_connector": None,
     "trainer._logger_connector._callback_metrics": None,
     "trainer._logger_connector._logged_metrics": None,
@@ -400,6 +410,15 @@ def test_a_batch_is_prepared_by_the_modules_own_hooks() -> None:
     trainer = quiet_trainer(devices=1, fast_dev_run=True)
     trainer.fit(MovesItsOwnWay(), noise_loader())
     assert trainer.global_step == 1
+
+
+def test_a_module_can_be_attached_without_a_fit() -> None:
+    trainer, module = quiet_trainer(devices=1), MovesItsOwnWay()
+    attach_for_training(trainer, module)
+    assert module.trainer is trainer
+    assert trainer.lightning_module is module
+    assert trainer.training
+    assert prepare_batch(module, ["batch"], torch.device("cpu")) == ["batch", "before", "cpu", "after"]
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [True] * 8), (3, [False, False, True] * 2 + [False, True])])

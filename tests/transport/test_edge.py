@@ -50,14 +50,28 @@ def test_messages_arrive_in_the_order_of_their_posts_bit_for_bit(wire: Wire, kin
     assert wire.is_empty()
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(3, 4).t(), torch.randn(2, 3, 4)],
+)
+def test_a_tensor_is_laid_out_in_memory_as_it_was(wire: Wire, tensor: torch.Tensor) -> None:
+    sender, receiver = wire.ends("edge")
+    receiver.post([TensorSpec.of(tensor)])
+    sender.send([tensor])
+    (received,) = receiver.receive()
+    assert torch.equal(received, tensor)
+    assert received.stride() == tensor.stride()
+
+
 def test_what_is_sent_is_detached_and_dense(wire: Wire) -> None:
     sender, receiver = wire.ends("edge")
     gaps = torch.randn(3, 4, requires_grad=True).t()
     receiver.post([TensorSpec.of(gaps)])
     sender.send([gaps])
     (received,) = receiver.receive()
-    assert received.is_contiguous()
+    assert torch.equal(received, gaps)
     assert not received.requires_grad
+    assert sender._sent[-1].tensors[0].is_contiguous()
     assert torch.equal(received, gaps)
 
 
