@@ -3,7 +3,8 @@
     CPipeError
     ├── PlanError              a schedule's text or plan is not a legal one
     ├── CutError               the module can't be cut as asked; raised at set-up
-    │   └── AbsentWeightError  code of one stage used, or saved, a weight that lives on another stage
+    │   ├── AbsentWeightError  code of one stage used, or saved, a weight that lives on another stage
+    │   └── LostNumbersError   a module can't be built in parts: one weight is made from another
     ├── WeightWrittenError     a weight changed while mini-batches in flight needed it as it was
     ├── DataMismatchError      two ranks drew different mini-batches, or a shape changed unannounced
     └── RankLostError          another rank ended; carries the first cause
@@ -29,6 +30,10 @@ class CutError(CPipeError):
 
 class AbsentWeightError(CutError):
     """Code that runs on one stage used, or was to save, a parameter whose weights live on another stage."""
+
+
+class LostNumbersError(CutError):
+    """Code that builds a module needs the numbers of a weight that is built on another rank only."""
 
 
 class WeightWrittenError(CPipeError, RuntimeError):

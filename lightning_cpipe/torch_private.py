@@ -9,7 +9,7 @@ A test compares them, and what they do, with what is written below.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,10 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = [
     "TorchDispatchMode",
     "instance_of_subclass",
+    "is_view",
     "no_torch_function",
     "pytree",
     "set_version_counters",
     "storage_id",
+    "written_arguments",
 ]
 
 SubClass = TypeVar("SubClass", bound=Tensor)
@@ -56,3 +58,20 @@ def set_version_counters(tensors: Sequence[Tensor], counters: Sequence[int]) -> 
 
 _TAKES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
 """Since torch 2.7; before, one at a time."""
+
+
+def is_view(operator: Any) -> bool:
+    """Whether an operator of `torch.ops` only makes views, and looks at no number."""
+    returned = [each.alias_info for each in operator._schema.returns]
+    return bool(returned) and all(alias is not None and not alias.is_write for alias in returned)
+
+
+def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Those of the arguments into which an operator of `torch.ops` writes."""
+    declared = operator._schema.arguments
+    given = {**{each.name: arg for each, arg in zip(declared, args)}, **kwargs}
+    return [
+        given[each.name]
+        for each in declared
+        if each.name in given and each.alias_info is not None and each.alias_info.is_write
+    ]

@@ -11,7 +11,13 @@ from torch import Tensor
 
 import lightning_cpipe
 from lightning_cpipe import torch_private
-from lightning_cpipe.torch_private import instance_of_subclass, set_version_counters, storage_id
+from lightning_cpipe.torch_private import (
+    instance_of_subclass,
+    is_view,
+    set_version_counters,
+    storage_id,
+    written_arguments,
+)
 
 PACKAGE = Path(lightning_cpipe.__file__).parent
 
@@ -69,3 +75,13 @@ def test_tensors_in_one_storage_are_known_by_it(device: str) -> None:
     first, second = (storage_id(tensor.untyped_storage()) for tensor in tensors)
     assert first != second
     assert storage_id(tensors[0][1:].untyped_storage()) == first
+
+
+def test_operators_tell_what_they_write_and_whether_they_only_make_views() -> None:
+    aten = torch.ops.aten
+    x, y, out = torch.ones(2), torch.ones(2), torch.empty(2)
+    assert written_arguments(aten.copy_.default, (x, y), {})[0] is x
+    assert written_arguments(aten.mul.out, (x, y), {"out": out})[0] is out
+    assert written_arguments(aten.mul.Tensor, (x, y), {}) == []
+    assert all(map(is_view, (aten.view.default, aten.detach.default, aten.t.default, aten.select.int)))
+    assert not any(map(is_view, (aten.copy_.default, aten.mul.Tensor, aten.clone.default, aten.t_.default)))

@@ -1,0 +1,190 @@
+"""What is built in parts has, to the bit, the numbers of the whole."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_cpipe.errors import LostNumbersError
+from lightning_cpipe.stage.building import Built, building
+from lightning_cpipe.stage.randomness import get_state, same_state
+from tests.helpers.probing import CPU
+
+
+class Various(nn.Module):
+    """Initialised in all the ways that torch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(40, 30)
+        self.embedding = nn.Embedding(50, 8, padding_idx=3)
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.lstm = nn.LSTM(6, 7)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.drawn = nn.Parameter(torch.randn(70, 3))
+        self.bare = nn.Parameter(torch.empty(9, 9))
+        self.register_buffer("mask", torch.rand(5))
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+        nn.init.orthogonal_(self.conv.weight)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.xavier_normal_(self.bare)
+        nn.init.normal_(self.bare[:, 2])
+        nn.init.sparse_(self.embedding.weight, 0.1)
+        self.bare.data.bernoulli_(0.3)
+        self.bare.data.exponential_()
+        self.drawn.data = torch.rand(70, 3)
+        self.tied = nn.Linear(30, 40, bias=False)
+        self.tied.weight = nn.Parameter(torch.randn(40, 30))
+        self.also_tied = nn.Linear(30, 40, bias=False)
+        self.also_tied.weight = self.tied.weight
+
+
+def layers() -> nn.Module:
+    """Copies of a layer that is not among them."""
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
+
+
+def copies() -> nn.Module:
+    """Copies of the first one."""
+    first = nn.Linear(5, 5)
+    return nn.Sequential(first, copy.deepcopy(first), nn.Linear(5, 2))
+
+
+def on_meta() -> nn.Module:
+    """As a module is built that is to be filled in by somebody else."""
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2, device="meta"))
+
+
+def built(make: Callable[[], nn.Module], keeps: Callable[[int], bool]) -> tuple[nn.Module, Built]:
+    torch.manual_seed(5)
+    with building(keeps, CPU) as found:
+        return make(), found
+
+
+def plain(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(5)
+    return make()
+
+
+def is_hollow(parameter: nn.Parameter) -> bool:
+    return parameter.untyped_storage().nbytes() == parameter.element_size() < parameter.nbytes
+
+
+def order(make: Callable[[], nn.Module]) -> list[str | None]:
+    """The names in the order of their places."""
+    empty, found = built(make, lambda place: False)
+    names = {id(parameter): name for name, parameter in empty.named_parameters()}
+    return [names.get(id(parameter)) for parameter in found.parameters]
+
+
+@pytest.mark.parametrize("make", [Various, layers, copies])
+def test_what_is_not_kept_has_no_memory_and_all_else_is_as_ever(make: Callable[[], nn.Module]) -> None:
+    whole = plain(make)
+    state = get_state()
+    empty, _ = built(make, lambda place: False)
+    assert same_state(get_state(), state)
+    assert all(map(is_hollow, empty.parameters()))
+    described = [[(n, p.shape, p.dtype, p.device) for n, p in m.named_parameters()] for m in (empty, whole)]
+    assert described[0] == described[1]
+    buffers = dict(whole.named_buffers())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in empty.named_buffers())
+    assert set(order(make)) >= {name for name, _ in whole.named_parameters()}
+
+
+@pytest.mark.parametrize("make", [Various, layers])
+def test_what_is_kept_has_the_numbers_of_the_whole(make: Callable[[], nn.Module]) -> None:
+    numbers = dict(plain(make).named_parameters())
+    names = order(make)
+    for name in numbers:
+        part, _ = built(make, lambda place, name=name: names[place] in (None, name))
+        own = {n: p for n, p in part.named_parameters() if not is_hollow(p)}
+        assert own.keys() == {name}
+        assert torch.equal(own[name], numbers[name]), name
+
+
+def test_what_is_built_on_the_meta_device_is_built_for_real() -> None:
+    def for_real() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 2))
+
+    numbers = plain(for_real).state_dict()
+    part, _ = built(on_meta, lambda place: place < 2)
+    assert torch.equal(part[0].weight, numbers["0.weight"])
+    assert is_hollow(part[1].weight)
+
+
+def test_a_copy_is_known_by_what_it_was_copied_from() -> None:
+    empty, found = built(copies, lambda place: False)
+    where = {id(parameter): place for place, parameter in enumerate(found.parameters)}
+    sources = {name: found.copied_from.get(where[id(p)]) for name, p in empty.named_parameters()}
+    assert sources["1.weight"] == where[id(empty[0].weight)]
+    assert sources["2.weight"] is None
+
+
+def test_a_parameter_that_is_tied_stays_so() -> None:
+    empty, _ = built(Various, lambda place: False)
+    assert empty.tied.weight is empty.also_tied.weight
+
+
+class Scaled(nn.Module):
+    """The second weight is made from the first, with none or one between them."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 8))
+        if between:
+            self.between = nn.Parameter(torch.randn(8, 8))
+        self.second = nn.Parameter(torch.empty(8, 8))
+        with torch.no_grad():
+            self.second.copy_(2 * self.first)
+
+
+def test_numbers_that_are_gone_are_not_read() -> None:
+    part, _ = built(lambda: Scaled(between=False), lambda place: place == 1)
+    assert torch.equal(part.second, plain(lambda: Scaled(between=False)).second)
+    with pytest.raises(LostNumbersError, match=r"reads, in aten.mul.Tensor"):
+        built(lambda: Scaled(between=True), lambda place: place == 2)
+
+
+@contextmanager
+def counted_memory() -> Iterator[list[int]]:
+    """How many bytes of parameters that are known here have memory."""
+    made: list[nn.Parameter] = []
+    most = [0]
+    resize = torch.UntypedStorage.resize_
+
+    def counting(storage: torch.UntypedStorage, size: int) -> None:
+        resize(storage, size)
+        most[0] = max(most[0], sum(each.untyped_storage().nbytes() for each in made))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "resize_", counting)
+        handle = nn.modules.module.register_module_parameter_registration_hook(lambda m, n, p: made.append(p))
+        yield most
+        handle.remove()
+
+
+@pytest.mark.parametrize("keeps", [(), (4, 5)])
+def test_one_parameter_at_a_time_has_memory(keeps: Sequence[int]) -> None:
+    def make() -> nn.Module:
+        chain = nn.Sequential(*(nn.Linear(100, 100) for _ in range(8)))
+        for layer in chain:
+            nn.init.normal_(layer.weight)
+        return chain
+
+    with counted_memory() as most:
+        built(make, keeps.__contains__)
+    weight, bias = 100 * 100 * 4, 100 * 4
+    assert weight <= most[0] <= weight + (weight + bias if keeps else 0) + bias
+
+
+def test_torch_is_as_before() -> None:
+    before = nn.Parameter.__deepcopy__
+    built(Various, lambda place: False)
+    assert nn.Parameter.__deepcopy__ is before
+    assert not is_hollow(nn.Linear(2, 2).weight)
