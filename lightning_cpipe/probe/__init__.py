@@ -15,6 +15,7 @@ step        a step of the module, as the probe runs it
 recording   one watched run of it
 trial       one stage alone, with whatever is wanted in its stubs
 fills       what is wanted there
+lent        weights for a module that has none yet
 uncut       the stages in a row, compared with the whole module
 homes       where each weight and buffer lives
 gradients   gradients for a look at them

@@ -81,7 +81,7 @@ def probe(
             with _naming_the_cut(starts), isolation.of(cutter.seed):
                 cutter.follow_numbers(homes, compare=check is not None)
                 if starts and check is not None:
-                    full = check == "full" or (check == "auto" and _size(root) < FULL_CHECK_BELOW)
+                    full = compares_gradients(root, check)
                     cutter.compare_all(with_gradients=full)
                     if not full:
                         cutter.require_nothing_behind(homes)
@@ -98,6 +98,11 @@ def probe(
         draws_repeatedly=draws.repeated,
         forward_flops=survey.forward_flops,
     )
+
+
+def compares_gradients(root: nn.Module, check: Check) -> bool:
+    """Whether gradients are compared with the uncut module's, which needs all weights at once."""
+    return check == "full" or (check == "auto" and sum(p.numel() for p in root.parameters()) < FULL_CHECK_BELOW)
 
 
 class _Cutter:
@@ -338,7 +343,3 @@ def _owns_trainable(root: nn.Module, name: str) -> bool:
 
 def _around_any(name: str, inner: set[str]) -> bool:
     return any(f"{each}.".startswith(f"{name}.") for each in inner)
-
-
-def _size(root: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in root.parameters())

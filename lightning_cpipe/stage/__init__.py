@@ -4,6 +4,7 @@ cut            how a module is cut, as data
 replay         runs one stage of a step
 describing     what a stage tells later ones of its outputs
 weights        takes the weights of other stages out, and puts them back
+building       builds a module of which only some weights are kept
 absent         stands in for a weight of another stage
 versions       keeps the weights that mini-batches in flight were forwarded with
 randomness     seeded scopes

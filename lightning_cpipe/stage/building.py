@@ -57,8 +57,9 @@ def building(keeps: Callable[[int], bool], device: torch.device) -> Iterator[Bui
         if id(parameter) in memo:
             return memo[id(parameter)]
         place = len(built.parameters)
-        sources = (i for i, each in enumerate(built.parameters) if each is parameter)
-        built.copied_from |= {place: source for source in list(sources)[:1]}
+        sources = [i for i, each in enumerate(built.parameters) if each is parameter]
+        if sources:
+            built.copied_from[place] = sources[0]
         if keeps(place):
             copied = copy(parameter, memo)
         else:
@@ -67,7 +68,7 @@ def building(keeps: Callable[[int], bool], device: torch.device) -> Iterator[Bui
         built.parameters.append(copied)
         return copied
 
-    copy = nn.Parameter.__deepcopy__
+    copy: Callable[..., Any] = nn.Parameter.__deepcopy__
     with ExitStack() as stack:
         stack.callback(memory.hollow_out)
         stack.callback(register_module_parameter_registration_hook(register).remove)

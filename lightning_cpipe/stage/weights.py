@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ def keep_only(root: nn.Module, cut: Cut, stage: int) -> None:
     """Keep the weights of one stage; the others are absent from here on, and their memory is free."""
     for name, parameter in list(root.named_parameters()):
         if stage not in cut.homes[name] and name not in cut.stand_ins[stage]:
-            _replace(root, parameter, AbsentParameter.of(parameter, name, cut.homes[name][0], stage))
+            replace(root, parameter, AbsentParameter.of(parameter, name, cut.homes[name][0], stage))
     freeze_stand_ins(root, cut, stage)
 
 
@@ -24,6 +25,11 @@ def freeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:
     """Let nothing be trained that stands on this stage for another's."""
     for name in cut.stand_ins[stage]:
         root.get_parameter(name).requires_grad_(False)
+
+
+def needed_by(cut: Cut, stage: int) -> set[str]:
+    """The parameters that a stage holds: its own, and those that stand in there."""
+    return {name for name, homes in cut.homes.items() if stage in homes} | cut.stand_ins[stage]
 
 
 def unfreeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:
@@ -37,7 +43,7 @@ def make_room(root: nn.Module) -> None:
     for parameter in list(root.parameters()):
         if isinstance(parameter, AbsentParameter):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            _replace(root, parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            replace(root, parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
 def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
@@ -54,25 +60,25 @@ def standing_in(root: nn.Module, numbers: Mapping[str, Tensor]) -> Iterator[None
     own: dict[str, Tensor] = {**dict(root.named_parameters()), **dict(root.named_buffers())}
     instead = {id(own[name]): tensor for name, tensor in numbers.items() if name in own}
     replaced = [
-        (holder, key, tensor)
+        (module, holder, key, tensor)
         for module in root.modules()
         for holder in (module._parameters, module._buffers)
         for key, tensor in holder.items()
         if id(tensor) in instead
     ]
-    for holder, key, tensor in replaced:
-        holder[key] = instead[id(tensor)]  # type: ignore[assignment]
+    for module, holder, key, tensor in replaced:
+        _hang(module, holder, key, instead[id(tensor)])
     try:
         yield
     finally:
-        for holder, key, tensor in replaced:
-            holder[key] = tensor  # type: ignore[assignment]
+        for module, holder, key, tensor in replaced:
+            _hang(module, holder, key, tensor)
 
 
 def room_for_absent(root: nn.Module) -> dict[str, Tensor]:
-    """Memory on the CPU for every absent parameter, by name."""
+    """What every absent parameter's numbers may be loaded into, and are lost in; by name."""
     return {
-        name: torch.empty(parameter.shape, dtype=parameter.dtype)
+        name: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         for name, parameter in root.named_parameters()
         if isinstance(parameter, AbsentParameter)
     }
@@ -88,9 +94,17 @@ def held_by(root: nn.Module, cut: Cut, stage: int) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True) for name, t in {**parameters, **buffers}.items()}
 
 
-def _replace(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+def replace(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
     """Put `new` wherever `old` hangs; a parameter may have several names."""
     for module in root.modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in list(module._parameters.items()):
             if parameter is old:
-                module._parameters[key] = new
+                _hang(module, module._parameters, key, new)
+
+
+def _hang(module: nn.Module, holder: dict[str, Any], key: str, tensor: Tensor | None) -> None:
+    if isinstance(tensor, nn.Parameter):
+        # Some modules keep a list of their own: `nn.LSTM` does.
+        setattr(module, key, tensor)
+    else:
+        holder[key] = tensor

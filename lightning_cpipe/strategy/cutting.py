@@ -1,28 +1,38 @@
-"""Cuts the LightningModule of a run: rank 0 probes it, every rank keeps its part."""
+"""Cuts the LightningModule of a run: rank 0 probes it, every rank keeps its part.
+
+A module that was too big for one rank is in parts already, each on the rank where a run before has left it; or it has
+no weights yet (see `blueprint`). Rank 0 probes it with weights that are lent.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.probe.lent import lent_weights
 from lightning_cpipe.probe.memory import MemoryNeeds, bytes_of, state_multiple
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.weights import make_room
+from lightning_cpipe.stage.weights import make_room, needed_by, replace, standing_in
+from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
-from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.tree import flatten
 
 
@@ -33,20 +43,63 @@ def agree_on_cut(
     schedule: Continuous,
     device: torch.device,
     seed: int,
-) -> Cut:
-    """Let all ranks hold rank 0's weights, and know how they are cut. The module is still whole afterwards.
+    blueprint: Blueprint | None = None,
+) -> tuple[Cut, bool]:
+    """Let all ranks know how the module is cut, and hold the numbers that they need.
+
+    Args:
+        trainer: has the module and the loaders.
+        processes: the ranks.
+        asked: what the user asks for.
+        schedule: who does what, when.
+        device: where this rank computes.
+        seed: what random numbers follow from.
+        blueprint: builds the module, if it has no weights yet.
+
+    Returns:
+        The cut, and whether the module is in parts now. If not, it is still whole, with rank 0's numbers.
 
     Raises:
         CutError: if the module can't be cut; on rank 0.
         DataMismatchError: if the ranks' loaders differ in the first batch.
     """
-    module = trainer.lightning_module
-    make_room(module)
+    module, control = trainer.lightning_module, processes.control
+    holders = control.compare(_held(module, blueprint))
+    lacking = {name for name, _ in module.named_parameters()} - holders[0]
+    in_parts = control.share(bool(lacking))
+    if not in_parts:
+        make_room(module)
+    everyones = set.intersection(*holders) if in_parts else {name for name, _ in module.named_parameters()}
     with torch.no_grad():
-        processes.control.share_tensors([*module.parameters(), *module.buffers()])
-    if processes.rank == 0:
-        # The others move what they keep, once they know it.
-        module.to(device)
+        shared = [parameter for name, parameter in module.named_parameters() if name in everyones]
+        control.share_tensors([*shared, *module.buffers()])
+    first = processes.rank == 0
+    with standing_in(module, lent_weights(module, lacking, device)) if first else nullcontext():
+        if first:
+            # The others move what they keep, once they know it.
+            module.to(device)
+        # Where weights are lent there is nothing to compare gradients with.
+        asked = dataclasses.replace(asked, check="fills") if in_parts else asked
+        cut = _find(trainer, processes, asked, schedule, device, seed)
+    if blueprint is not None:
+        # Where nothing will run, the module is whole.
+        blueprint.build(needed_by(cut, processes.stage) if cut.steps else blueprint.hollow)
+    elif in_parts:
+        _bring_home(module, cut, processes, holders)
+    return cut, in_parts
+
+
+def _held(module: pl.LightningModule, blueprint: Blueprint | None) -> set[str]:
+    """The parameters whose numbers are here."""
+    hollow = set() if blueprint is None else blueprint.hollow
+    present = {name for name, each in module.named_parameters() if not isinstance(each, AbsentParameter)}
+    return present - hollow
+
+
+def _find(
+    trainer: pl.Trainer, processes: Processes, asked: Options, schedule: Continuous, device: torch.device, seed: int
+) -> Cut:
+    module = trainer.lightning_module
     steps = probe_steps(trainer, processes, device, seed)
     if not steps:
         # Nothing will run, and the module stays whole.
@@ -69,6 +122,21 @@ def agree_on_cut(
     return cut
 
 
+def _bring_home(module: pl.LightningModule, cut: Cut, processes: Processes, holders: Sequence[set[str]]) -> None:
+    """Send each weight to the ranks that need it now and have not had it, one after the other."""
+    needed = [needed_by(cut, stage_of(rank, processes.num_stages)) for rank in range(processes.num_stages)]
+    for name, parameter in list(module.named_parameters()):
+        needy = [rank for rank, names in enumerate(needed) if name in names - holders[rank]]
+        if not needy:
+            continue
+        source = next(rank for rank, held in enumerate(holders) if name in held)
+        mine = processes.rank == source
+        numbers = parameter.detach().cpu() if mine else torch.empty(parameter.shape, dtype=parameter.dtype)
+        processes.control.share_tensors([numbers], source)
+        if processes.rank in needy:
+            replace(module, parameter, nn.Parameter(numbers, parameter.requires_grad))
+
+
 def memory_needs(trainer: pl.Trainer, schedule: Continuous, num_stages: int, limit: int | None) -> MemoryNeeds:
     """What decides how much memory the stages of this run need, once its loaders are there.
 
@@ -81,7 +149,7 @@ def memory_needs(trainer: pl.Trainer, schedule: Continuous, num_stages: int, lim
     accumulate, length = trainer.accumulate_grad_batches, trainer.num_training_batches
     # An epoch that accumulation does not divide ends with an update of its own.
     divides = length == math.inf or int(length) % accumulate == 0
-    schedule = replace(schedule, accumulate=accumulate, epoch_length=None if divides else int(length))
+    schedule = dataclasses.replace(schedule, accumulate=accumulate, epoch_length=None if divides else int(length))
     return MemoryNeeds(schedule, num_stages, max(multiples, default=0.0), limit)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +27,14 @@ from typing_extensions import override
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
-from lightning_cpipe.probe.probe import Check
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.cutting import agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
@@ -168,6 +170,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._stream: Stream | None = None
         self._processes: Processes | None = None
         self._at_hand: RunAtHand | None = None
+        self._blueprint: Blueprint | None = None
         self._streaming = False
         self._hand_raised = False
         self._whole_optimizer_states: list[State] = []
@@ -303,6 +306,41 @@ class ContinuousPipeStrategy(ParallelStrategy):
         seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         self._seed = self._processes.control.share(seed)
 
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        """`configure_model` runs inside; a module too big to be compared uncut has no weights yet afterwards."""
+        if self.num_stages == 1:
+            yield
+            return
+        control, module = self.processes.control, self._module
+        set_state(control.share(get_state()))
+        blueprint = Blueprint(module, self._configure_model, self.root_device)
+        failed: Exception | None = None
+        try:
+            with blueprint.drawn():
+                yield
+        except Exception as error:
+            failed = error
+        if any(control.compare(failed is not None)):
+            rank_zero_warn(
+                f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run"
+                f" without the memory of all weights: {failed}"
+            )
+            blueprint.build_whole()
+            return
+        if len(set(control.compare(blueprint.fingerprint))) > 1:
+            raise CutError("`configure_model` built another module, or drew other random numbers, on another rank.")
+        if blueprint.hollow and compares_gradients(module, self._options.check):
+            blueprint.build_whole()
+        elif blueprint.hollow:
+            self._blueprint = blueprint
+
+    def _configure_model(self) -> None:
+        """As Lightning does, with no thought of other ranks."""
+        with self.tensor_init_context(), self.precision_plugin.module_init_context():
+            self._module.configure_model()
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None
@@ -315,13 +353,19 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
-        cut = agree_on_cut(trainer, self.processes, self._options, self._schedule, self.root_device, self._seed)
+        blueprint, self._blueprint = self._blueprint, None
+        cut, in_parts = agree_on_cut(
+            trainer, self.processes, self._options, self._schedule, self.root_device, self._seed, blueprint
+        )
+        if blueprint is not None:
+            self.precision_plugin.convert_module(module)
         if fitting:
             self.setup_optimizers(trainer)
         whole: Whole | None = None
         if cut.num_stages > 1:
             # An evaluation has none; those of a fit before may still be here.
-            whole = Whole(module, self.optimizers if fitting else [], cut, self.stage, self.processes.control)
+            optimizers = self.optimizers if fitting else []
+            whole = Whole(module, optimizers, cut, self.stage, self.processes.control, stays_in_parts=in_parts)
             whole.take_apart()
         self.model_to_device()
         self.setup_precision_plugin()
@@ -620,7 +664,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        """Make the module on rank 0 whole again, and let go of the others."""
+        """Make the module on rank 0 whole again, unless it is too big for that, and let go of the others."""
         self._streaming = False
         if self._at_hand is not None and self._interrupted:
             self._at_hand.break_off()

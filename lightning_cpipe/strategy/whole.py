@@ -28,6 +28,7 @@ from lightning_cpipe.strategy.checkpoint import (
     state_by_name,
     whole_optimizer_state,
 )
+from lightning_cpipe.strategy.processes import rank_of
 from lightning_cpipe.transport.control import Control
 
 
@@ -40,16 +41,25 @@ class Whole:
         cut: how the module will be cut.
         stage: this rank's.
         control: where parts are collected.
+        stays_in_parts: whether the module is too big to be put together on one rank.
     """
 
     def __init__(
-        self, module: pl.LightningModule, optimizers: Sequence[Optimizer], cut: Cut, stage: int, control: Control
+        self,
+        module: pl.LightningModule,
+        optimizers: Sequence[Optimizer],
+        cut: Cut,
+        stage: int,
+        control: Control,
+        *,
+        stays_in_parts: bool = False,
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
         self._cut = cut
         self._stage = stage
         self._control = control
+        self._stays_in_parts = stays_in_parts
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._orders = [GroupOrder(optimizer, self._names) for optimizer in self._optimizers]
 
@@ -100,9 +110,17 @@ class Whole:
     def put_together(self) -> list[State]:
         """Bring weights and buffers of all stages to rank 0; all ranks must call it.
 
+        Of a module that stays in parts, only buffers go their ways: every rank gets them from where they are true.
+
         Returns:
             On rank 0, the states of the whole module's optimizers.
         """
+        if self._stays_in_parts:
+            self._module.cpu()
+            unfreeze_stand_ins(self._module, self._cut, self._stage)
+            for name, buffer in self._module.named_buffers():
+                self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._cut.num_stages))
+            return []
         everyones = self._collect_numbers()
         states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()

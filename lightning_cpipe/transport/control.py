@@ -48,14 +48,14 @@ class Control:
             _connected(lambda: dist.broadcast_object_list(box, 0, group=self._group))
         return box[0]
 
-    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Rank 0's numbers, into every rank's tensors; they must be on the CPU."""
+    def share_tensors(self, tensors: Iterable[Tensor], source: int = 0) -> None:
+        """One rank's numbers, into every rank's tensors; they must be on the CPU."""
         if self._group is None:
             return
         for tensor in tensors:
             # A copy, where the tensor's memory has gaps.
             dense = tensor.contiguous()
-            _connected(partial(dist.broadcast, dense, 0, group=self._group))
+            _connected(partial(dist.broadcast, dense, source, group=self._group))
             if dense is not tensor:
                 tensor.copy_(dense)
 

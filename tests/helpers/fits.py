@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.stage.absent import AbsentParameter
 from tests.helpers.ranks import run_ranks
 
 Numbers = dict[str, Tensor]
@@ -25,7 +26,7 @@ class Seen:
     Attributes:
         losses: of each mini-batch, before the division by `accumulate_grad_batches`.
         batches: the mini-batches that its loop came by.
-        weights: at the end; whole on rank 0.
+        weights: at the end; whole on rank 0, unless the module stays in parts.
         spans: what the stage did, in order: (kind, mini-batch).
         metrics: the trainer's callback metrics at the end.
         found: whatever the test's own `look` returned.
@@ -156,8 +157,8 @@ def fit_on_rank(
     made = module()
     trainer.fit(made, train(), None if val is None else val())
     seen = watcher.seen
-    if trainer.is_global_zero:
-        seen.weights = {name: p.detach().clone() for name, p in made.named_parameters()}
+    here = {name: p for name, p in made.named_parameters() if not isinstance(p, AbsentParameter)}
+    seen.weights = {name: p.detach().clone() for name, p in here.items()}
     if isinstance(trainer.strategy, ContinuousPipeStrategy):
         seen.spans = [(span.kind, span.batch) for span in trainer.strategy.timeline.spans]
     seen.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
