@@ -5,6 +5,7 @@ replay         runs one stage of a step
 describing     what a stage tells later ones of its outputs
 weights        takes the weights of other stages out, and puts them back
 building       builds a module of which only some weights are kept
+pages          lets go of the memory of what is not
 absent         stands in for a weight of another stage
 versions       keeps the weights that mini-batches in flight were forwarded with
 randomness     seeded scopes

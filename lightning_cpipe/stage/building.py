@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lightning_cpipe.errors import LostNumbersError
+from lightning_cpipe.stage.pages import drop_numbers
 from lightning_cpipe.torch_private import TorchDispatchMode, is_view, pytree, written_arguments
 
 
@@ -84,7 +86,7 @@ def hollow(parameter: nn.Parameter) -> None:
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives memory to what has none, while an operation needs it and until another one needs other memory."""
+    """Lets the memory go of what is not kept, as soon as an operation is about another parameter."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,18 +94,17 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters: list[nn.Parameter] = []
         self._sizes: dict[torch.UntypedStorage, int] = {}
         self._present: set[torch.UntypedStorage] = set()
+        self._made_here: set[StorageWeakRef] = set()
+        self._too_many = 1000
 
     def let_go(self, parameter: nn.Parameter) -> None:
         """This one is not kept."""
         self._parameters.append(parameter)
         storage = _storage_of(parameter)
-        if storage is None or storage in self._sizes or not storage.resizable():
-            return
-        if storage.nbytes() != parameter.numel() * parameter.element_size():
-            # Others see the same memory.
-            return
-        self._sizes[storage] = storage.nbytes()
-        self._make_present({storage})
+        # What was there before, or came from a file, may be somebody else's too.
+        if storage is not None and storage not in self._sizes and StorageWeakRef(storage) in self._made_here:
+            self._sizes[storage] = storage.nbytes()
+            self._make_present({storage})
 
     def hollow_out(self) -> None:
         """Everything is built."""
@@ -116,20 +117,29 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == _META:
             kwargs["device"] = self._device
-        storages = self._sizes.keys() & set(map(_storage_of, pytree.tree_leaves((args, kwargs))))
-        if storages and not is_view(func):
+        given = set(map(_storage_of, pytree.tree_leaves((args, kwargs))))
+        if (storages := self._sizes.keys() & given) and not is_view(func):
             written = set(map(_storage_of, pytree.tree_leaves(written_arguments(func, args, kwargs))))
             if not storages <= self._present | written and not _needs_no_numbers(func):
                 raise LostNumbersError(
                     f"an initialiser reads, in {func}, the numbers of a parameter that is not built on this rank."
                 )
             self._make_present(storages)
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        new = set(map(_storage_of, pytree.tree_leaves(made))) - given - {None}
+        self._made_here.update(map(StorageWeakRef, new))
+        if len(self._made_here) > self._too_many:
+            self._made_here = {each for each in self._made_here if not each.expired()}
+            self._too_many = 1000 + 2 * len(self._made_here)
+        return made
 
     def _make_present(self, storages: set[torch.UntypedStorage]) -> None:
         for storage in self._present - storages:
-            storage.resize_(0)
-        for storage in storages - self._present:
+            if storage.device.type == "cpu":
+                drop_numbers(storage)
+            else:
+                storage.resize_(0)
+        for storage in storages:
             if not storage.nbytes():
                 storage.resize_(self._sizes[storage])
         self._present = storages
