@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from torch import nn
 from lightning_cpipe.errors import LostNumbersError
 from lightning_cpipe.stage.building import Built, building
 from lightning_cpipe.stage.randomness import get_state, same_state
+from tests.helpers.memory import forget_peak, peak, resident
 from tests.helpers.probing import CPU
+from tests.helpers.ranks import run_ranks
 
 
 class Various(nn.Module):
@@ -151,36 +153,44 @@ def test_numbers_that_are_gone_are_not_read() -> None:
         built(lambda: Scaled(between=True), lambda place: place == 2)
 
 
-@contextmanager
-def counted_memory() -> Iterator[list[int]]:
-    """How many bytes of parameters that are known here have memory."""
-    made: list[nn.Parameter] = []
-    most = [0]
-    resize = torch.UntypedStorage.resize_
-
-    def counting(storage: torch.UntypedStorage, size: int) -> None:
-        resize(storage, size)
-        most[0] = max(most[0], sum(each.untyped_storage().nbytes() for each in made))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.UntypedStorage, "resize_", counting)
-        handle = nn.modules.module.register_module_parameter_registration_hook(lambda m, n, p: made.append(p))
-        yield most
-        handle.remove()
+MB = 2**20
 
 
-@pytest.mark.parametrize("keeps", [(), (4, 5)])
-def test_one_parameter_at_a_time_has_memory(keeps: Sequence[int]) -> None:
+def chain(width: int) -> nn.Module:
+    chain = nn.Sequential(*(nn.Linear(width, width) for _ in range(24)))
+    for layer in chain:
+        nn.init.normal_(layer.weight)
+    return chain
+
+
+def peak_of_building(rank: int) -> tuple[int, int]:
+    """Bytes above the start: at most, and at the end."""
+    # The code that runs takes memory, too.
+    built(partial(chain, 50), lambda place: False)
+    start = forget_peak()
+    kept, _ = built(partial(chain, 1024), (10, 11, 20, 21).__contains__)
+    assert sum(not is_hollow(parameter) for parameter in kept.parameters()) == 4
+    return peak() - start, resident() - start
+
+
+def test_memory_is_that_of_what_is_kept_and_of_one_parameter_more() -> None:
+    ((most, left),) = run_ranks(peak_of_building, 1)
+    assert 8 * MB < most < 15 * MB
+    assert 7 * MB < left < 11 * MB
+
+
+def test_numbers_that_somebody_else_holds_stay() -> None:
+    mine = torch.randn(100, 100)
+    expected = mine.clone()
+
     def make() -> nn.Module:
-        chain = nn.Sequential(*(nn.Linear(100, 100) for _ in range(8)))
-        for layer in chain:
-            nn.init.normal_(layer.weight)
-        return chain
+        module = nn.Linear(100, 100)
+        module.other = nn.Parameter(mine)
+        module.last = nn.Parameter(torch.randn(100, 100))
+        return module
 
-    with counted_memory() as most:
-        built(make, keeps.__contains__)
-    weight, bias = 100 * 100 * 4, 100 * 4
-    assert weight <= most[0] <= weight + (weight + bias if keeps else 0) + bias
+    built(make, lambda place: False)
+    assert torch.equal(mine, expected)
 
 
 def test_torch_is_as_before() -> None:

@@ -1,0 +1,39 @@
+"""How much memory this process takes, as the system counts it."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_M_MMAP_THRESHOLD = -3
+
+
+def resident() -> int:
+    """Bytes in memory now."""
+    return _read("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes in memory at once, since the process began or `forget_peak` was called."""
+    return _read("VmHWM")
+
+
+def forget_peak() -> int:
+    """Begin to measure anew; returns the bytes in memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+def let_the_heap_keep_nothing() -> None:
+    """What is freed goes back to the system at once.
+
+    The C library keeps freed tensors in a heap, in holes that the next ones of that size do not fit into: how much that
+    comes to says nothing of what is needed.
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+
+
+def _read(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,44 @@
+"""Memory that is given back is gone, and there again when it is written to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_cpipe.stage.pages import drop_numbers
+from tests.helpers.memory import resident
+from tests.helpers.ranks import run_ranks
+
+MB = 2**20
+
+
+def sizes_on_rank(rank: int) -> list[float]:
+    # The code that runs takes memory, too.
+    sizes(MB)
+    return sizes(64 * MB)
+
+
+def sizes(size: int) -> list[float]:
+    """What is given back of a tensor of so many bytes, and taken again."""
+    tensor = torch.ones(size // 4)
+    beside = torch.ones(1000)
+    whole = resident()
+    drop_numbers(tensor.untyped_storage())
+    given_back = resident()
+    assert float(tensor[1024:-1024].abs().max()) == 0
+    tensor.fill_(2)
+    assert float(tensor.min()) == 2
+    assert float(beside.sum()) == 1000
+    return [(whole - given_back) / size, (resident() - given_back) / size]
+
+
+def test_memory_goes_and_comes() -> None:
+    ((given_back, taken),) = run_ranks(sizes_on_rank, 1)
+    assert given_back == pytest.approx(1, abs=0.03)
+    assert taken == pytest.approx(1, abs=0.03)
+
+
+def test_what_is_smaller_than_a_page_stays() -> None:
+    tensor = torch.ones(10)
+    drop_numbers(tensor.untyped_storage())
+    assert tensor.tolist() == [1] * 10
