@@ -32,6 +32,14 @@ def needed_by(cut: Cut, stage: int) -> set[str]:
     return {name for name, homes in cut.homes.items() if stage in homes} | cut.stand_ins[stage]
 
 
+def keep_true_alone(root: nn.Module, cut: Cut, stage: int) -> None:
+    """Keep what has its true numbers on this stage, and no copies of what has them elsewhere."""
+    for name, parameter in list(root.named_parameters()):
+        home = cut.homes[name][0]
+        if home != stage:
+            replace(root, parameter, AbsentParameter.of(parameter, name, home, stage))
+
+
 def unfreeze_stand_ins(root: nn.Module, cut: Cut, stage: int) -> None:
     """Let the stand-ins of a stage be trainable again, as the user had them."""
     for name in cut.stand_ins[stage]:

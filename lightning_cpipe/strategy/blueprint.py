@@ -114,7 +114,7 @@ class _Frame:
         """Only what has changed by now will be put back; what others change later stays."""
         self._new = [(attributes, key) for attributes, saved in self._saved for key in attributes.keys() - saved.keys()]
         self._saved = [
-            (attributes, {key: was for key, was in saved.items() if not was.is_still(attributes.get(key))})
+            (attributes, {key: was for key, was in saved.items() if not was.is_still(attributes.get(key, self))})
             for attributes, saved in self._saved
         ]
 

@@ -61,7 +61,7 @@ def keep_own_parameters(optimizer: Optimizer, own: Iterable[nn.Parameter]) -> No
 
 def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> State:
     """What the optimizer keeps for this stage's parameters, by their names."""
-    return _on_cpu({names[id(parameter)]: state for parameter, state in optimizer.state.items()})
+    return on_cpu({names[id(parameter)]: state for parameter, state in optimizer.state.items()})
 
 
 def whole_optimizer_state(own: State, everyones: Sequence[State], order: GroupOrder) -> State:
@@ -113,7 +113,7 @@ def _require_same_sizes(saved: list[int], own: list[int]) -> None:
         )
 
 
-def _on_cpu(tree: State) -> State:
-    """Copies on the CPU: training goes on while they are sent."""
+def on_cpu(tree: State) -> State:
+    """Copies on the CPU: training goes on while they are sent, and what they were read from may change."""
     copied: State = map_tensors(lambda tensor: tensor.detach().to("cpu", copy=True), tree)
     return copied

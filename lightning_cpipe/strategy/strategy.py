@@ -49,6 +49,7 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
+from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
 from lightning_cpipe.strategy.options import Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
@@ -593,6 +594,14 @@ class ContinuousPipeStrategy(ParallelStrategy):
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> State:
+        """What the file holds; of a module in parts, numbers are read where they are used."""
+        whole = self._taken_apart
+        if whole is not None and whole.stays_in_parts and can_be_mapped(checkpoint_path, self.checkpoint_io):
+            return read_mapped(checkpoint_path, *args, **kwargs)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

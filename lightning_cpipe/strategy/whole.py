@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lightning_cpipe.stage.weights import (
     fill,
     held_by,
     keep_only,
+    keep_true_alone,
     make_room,
     room_for_absent,
     standing_in,
@@ -24,6 +26,7 @@ from lightning_cpipe.strategy.checkpoint import (
     GroupOrder,
     State,
     keep_own_parameters,
+    on_cpu,
     own_optimizer_state,
     state_by_name,
     whole_optimizer_state,
@@ -63,6 +66,11 @@ class Whole:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._orders = [GroupOrder(optimizer, self._names) for optimizer in self._optimizers]
 
+    @property
+    def stays_in_parts(self) -> bool:
+        """Whether the module is too big to be put together on one rank."""
+        return self._stays_in_parts
+
     def take_apart(self) -> None:
         """Keep the weights of this rank's stage, in the module and in the optimizers."""
         keep_only(self._module, self._cut, self._stage)
@@ -97,20 +105,22 @@ class Whole:
         The module loads all of it, as it would uncut, since its hooks may know entries by other names. What is of
         other stages is dropped.
         """
-        with standing_in(self._module, room_for_absent(self._module)):
+        with standing_in(self._module, room_for_absent(self._module)), warnings.catch_warnings():
+            # So it is meant.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
             self._module.load_state_dict(state_dict, strict)
 
     def own_optimizer_states(self, states: Sequence[State]) -> list[State]:
-        """What this stage's optimizers load, out of the states of the whole module's."""
+        """What this stage's optimizers load, out of the states of the whole module's; copies, which they may keep."""
         return [
-            own_optimizer_state(saved, optimizer, order, self._names)
+            on_cpu(own_optimizer_state(saved, optimizer, order, self._names))
             for saved, optimizer, order in zip(states, self._optimizers, self._orders)
         ]
 
     def put_together(self) -> list[State]:
         """Bring weights and buffers of all stages to rank 0; all ranks must call it.
 
-        Of a module that stays in parts, only buffers go their ways: every rank gets them from where they are true.
+        A module that is too big for that stays in parts. Every rank gets its buffers from where they are true.
 
         Returns:
             On rank 0, the states of the whole module's optimizers.
@@ -118,6 +128,7 @@ class Whole:
         if self._stays_in_parts:
             self._module.cpu()
             unfreeze_stand_ins(self._module, self._cut, self._stage)
+            keep_true_alone(self._module, self._cut, self._stage)
             for name, buffer in self._module.named_buffers():
                 self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._cut.num_stages))
             return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -138,6 +139,7 @@ def fit_on_rank(
     callbacks: Callable[[], list[pl.Callback]] = list,
     look: Callable[[pl.Trainer, pl.LightningModule], Any] | None = None,
     seed: int = 7,
+    ckpt_path: Path | None = None,
     **options: Any,
 ) -> Seen:
     """This process's part of a fit.
@@ -149,13 +151,14 @@ def fit_on_rank(
         callbacks: makes further callbacks.
         look: runs after the fit; what it returns comes back in `Seen.found`.
         seed: of everything.
+        ckpt_path: where to resume from.
         options: of the Trainer.
     """
     pl.seed_everything(seed, verbose=False)
     watcher = Watcher()
     trainer = quiet_trainer(callbacks=[watcher, *callbacks()], **options)
     made = module()
-    trainer.fit(made, train(), None if val is None else val())
+    trainer.fit(made, train(), None if val is None else val(), ckpt_path=ckpt_path)
     seen = watcher.seen
     here = {name: p for name, p in made.named_parameters() if not isinstance(p, AbsentParameter)}
     seen.weights = {name: p.detach().clone() for name, p in here.items()}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.stage.absent import AbsentParameter
+from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
 from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
+from tests.helpers.memory import forget_peak, let_the_heap_keep_nothing, peak
 from tests.helpers.modules import Block, Chain, noise_loader
 from tests.helpers.ranks import run_ranks
 
@@ -117,3 +124,135 @@ def test_runs_follow_one_another_while_the_module_stays_in_parts() -> None:
         ["0", "1", "2"],
     ]
     require_same_bits({name: t for each in ranks for name, t in each["weights"].items()}, plain["weights"])
+
+
+class Tied(MadeLate):
+    """The first block and the last one share a weight."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net[4].linear.weight = self.net[0].linear.weight
+
+
+def test_a_tied_weight_is_made_on_each_of_its_stages() -> None:
+    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000}
+    seen = fit_in_pipeline(3, Tied, noise_loader, strategy=FILLS, **options)
+    whole = fit_in_pipeline(3, Tied, noise_loader, **options)
+    assert seen[0].losses == whole[0].losses
+    require_same_bits(joined(seen), whole[0].weights)
+
+
+# ---- checkpoints ----
+
+
+def saving_into(folder: Path) -> list[pl.Callback]:
+    return [ModelCheckpoint(folder, "saved", save_on_train_epoch_end=True)]
+
+
+def test_a_checkpoint_is_one_file_of_all_parts_and_each_rank_reads_its_own(tmp_path: Path) -> None:
+    module = partial(MadeLate, optimizer="adam")
+    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000, "enable_checkpointing": True}
+    first = fit_in_pipeline(
+        3, module, noise_loader, strategy=FILLS, callbacks=partial(saving_into, tmp_path), **options
+    )
+    file = tmp_path / "saved.ckpt"
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert saved.pop("noise_in_the_data").shape == (8,)
+    require_same_bits(joined(first), saved)
+
+    options |= {"max_epochs": 2, "ckpt_path": file}
+    resumed = fit_in_pipeline(2, module, noise_loader, strategy=FILLS, seed=8, **options)
+    plain = fit_alone(module, noise_loader, seed=9, **options)
+    assert resumed[0].losses == plain.losses
+    require_same_bits(joined(resumed), plain.weights)
+
+
+def test_a_file_is_mapped_only_if_it_is_a_plain_one(tmp_path: Path) -> None:
+    new, old = tmp_path / "new.ckpt", tmp_path / "old.ckpt"
+    torch.save({"state_dict": {"weight": torch.ones(3)}, "other": torch.ones(2)}, new)
+    torch.save({}, old, _use_new_zipfile_serialization=False)
+    assert can_be_mapped(new, TorchCheckpointIO())
+    assert not can_be_mapped(old, TorchCheckpointIO())
+    assert not can_be_mapped("https://example.com/new.ckpt", TorchCheckpointIO())
+    assert not can_be_mapped(new, AsyncCheckpointIO())
+    content = read_mapped(new)
+    # What is not read by parts may be kept while the file is written anew.
+    new.write_bytes(b"")
+    assert content["other"].tolist() == [1, 1]
+
+
+# ---- memory ----
+
+
+class Wide(pl.LightningModule):
+    """A chain of square layers, all of one width."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.width, self.depth = width, depth
+        self.net: nn.Sequential | None = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(*(nn.Linear(self.width, self.width) for _ in range(self.depth)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
+
+
+class Peaks(pl.Callback):
+    """The most bytes that this process took in the set-up, and in training, above those that it took before."""
+
+    def __init__(self) -> None:
+        self._before = forget_peak()
+        self.setup = self.training = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.setup = peak() - self._before
+        forget_peak()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.training = peak() - self._before
+
+
+def peaks_of_fit(width: int, depths: Sequence[int], ckpt_path: Path | None = None) -> dict[str, Any]:
+    """The peaks of this rank, and its share in the weights."""
+    # What is imported late, and connections, are no share of a model.
+    strategy = ContinuousPipeStrategy()
+    quiet_trainer(strategy=strategy, devices=len(depths), max_steps=3).fit(Chain(), noise_loader())
+    let_the_heap_keep_nothing()
+    starts = [f"net.{depth}" for depth in itertools.accumulate(depths[:-1])]
+    strategy = ContinuousPipeStrategy(split_points=starts, check="fills")
+    module, peaks = Wide(width, sum(depths)), Peaks()
+    trainer = quiet_trainer(strategy=strategy, devices=len(depths), max_steps=6, callbacks=[peaks])
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(24, width)), 2), ckpt_path=ckpt_path)
+    share = sum(p.nbytes for p in module.parameters() if not isinstance(p, AbsentParameter))
+    versions = strategy.promised_delay(strategy.stage) + 1
+    return {
+        "whole": sum(p.numel() * p.element_size() for p in module.parameters()),
+        "share": share,
+        "setup": peaks.setup,
+        # Each version, the gradients and what the optimizer keeps.
+        "share in training": (versions + 2) * share,
+        "training": peaks.training,
+    }
+
+
+UNEVEN = [
+    pytest.param(512, (24, 20, 40), id="88 MB"),
+    pytest.param(1024, (30, 20, 55), id="440 MB", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("width", "depths"), UNEVEN)
+def test_a_rank_takes_the_memory_of_its_own_share(width: int, depths: tuple[int, ...]) -> None:
+    ranks = run_ranks(lambda _: peaks_of_fit(width, depths), len(depths))
+    whole = sum(depths) * (width + 1) * width * 4
+    assert [found["whole"] for found in ranks] == [whole] * len(depths)
+    assert [found["share"] for found in ranks] == [whole // sum(depths) * depth for depth in reversed(depths)]
+    for found in ranks:
+        assert 1 <= found["setup"] / found["share"] <= 1.2
+        assert 0.9 <= found["training"] / found["share in training"] <= 1.2
