@@ -75,7 +75,8 @@ class AbsentParameter(nn.Parameter):
             f"stage {self.here} was asked to save the parameter {self.full_name!r}, whose weights live on stage"
             f" {self.home}. While a pipeline runs, save with `trainer.save_checkpoint(path)`, called on every rank;"
             " `on_save_checkpoint` gets the whole state dict. Or save when the run is over: the module on rank 0 is"
-            " whole then. (If it is among the hyperparameters: `self.save_hyperparameters(ignore=...)`.)"
+            " whole then, unless it was too big to be built as a whole. (If it is among the hyperparameters:"
+            " `self.save_hyperparameters(ignore=...)`.)"
         )
 
 

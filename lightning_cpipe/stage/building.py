@@ -1,7 +1,7 @@
 """Builds a module of which only some parameters keep memory, with the numbers that they have in the whole module.
 
 All of the module's own code runs, and every initialiser draws what it always draws. A parameter that is not kept
-loses its memory as soon as the code turns to the next one, and gets it back for as long as it is written to. So the
+loses its memory soon after the code turns to the next one, and gets it back for as long as it is written to. So the
 generators go the way that they go when the whole module is built, and what is kept gets the same numbers, to the bit;
 the memory needed is that of what is kept, and of one parameter more.
 """
@@ -93,8 +93,8 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._device = device
         self._parameters: list[nn.Parameter] = []
         self._sizes: dict[torch.UntypedStorage, int] = {}
-        self._present: set[torch.UntypedStorage] = set()
-        self._made_here: set[StorageWeakRef] = set()
+        self._present: dict[torch.UntypedStorage, int] = {}
+        self._made_here: set[Any] = set()
         self._too_many = 1000
 
     def let_go(self, parameter: nn.Parameter) -> None:
@@ -102,7 +102,7 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters.append(parameter)
         storage = _storage_of(parameter)
         # What was there before, or came from a file, may be somebody else's too.
-        if storage is not None and storage not in self._sizes and StorageWeakRef(storage) in self._made_here:
+        if storage is not None and storage not in self._sizes and _reference(storage) in self._made_here:
             self._sizes[storage] = storage.nbytes()
             self._make_present({storage})
 
@@ -120,21 +120,29 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = set(map(_storage_of, pytree.tree_leaves((args, kwargs))))
         if (storages := self._sizes.keys() & given) and not is_view(func):
             written = set(map(_storage_of, pytree.tree_leaves(written_arguments(func, args, kwargs))))
-            if not storages <= self._present | written and not _needs_no_numbers(func):
+            if not storages <= self._present.keys() | written and not _needs_no_numbers(func):
                 raise LostNumbersError(
                     f"an initialiser reads, in {func}, the numbers of a parameter that is not built on this rank."
                 )
             self._make_present(storages)
         made = func(*args, **kwargs)
         new = set(map(_storage_of, pytree.tree_leaves(made))) - given - {None}
-        self._made_here.update(map(StorageWeakRef, new))
+        self._made_here.update(map(_reference, new))
         if len(self._made_here) > self._too_many:
             self._made_here = {each for each in self._made_here if not each.expired()}
             self._too_many = 1000 + 2 * len(self._made_here)
         return made
 
     def _make_present(self, storages: set[torch.UntypedStorage]) -> None:
-        for storage in self._present - storages:
+        for storage in storages:
+            # As the latest.
+            self._present.pop(storage, None)
+            self._present[storage] = self._sizes[storage]
+        room = _ROOM * max(self._sizes.values())
+        for storage in [each for each in self._present if each not in storages]:
+            if sum(self._present.values()) <= room:
+                break
+            del self._present[storage]
             if storage.device.type == "cpu":
                 drop_numbers(storage)
             else:
@@ -142,8 +150,12 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for storage in storages:
             if not storage.nbytes():
                 storage.resize_(self._sizes[storage])
-        self._present = storages
 
+
+_ROOM = 1.25
+"""Of the size of the largest parameter. A bias that is made after a weight need not cost its numbers."""
+
+_reference: Any = StorageWeakRef
 
 _META = torch.device("meta")
 

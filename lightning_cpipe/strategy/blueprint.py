@@ -35,7 +35,7 @@ class Blueprint:
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """The module is built inside; it has no weights afterwards, and all else that it will have."""
+        """The module is built inside; afterwards its weights are on the meta device, and all else is there."""
         try:
             with building(lambda place: False, self._device) as self._built:
                 yield
@@ -45,10 +45,11 @@ class Blueprint:
         # What is in no place of the finished module served to make something that is.
         self._names = [names.get(id(parameter)) for parameter in self._built.parameters]
         self._end = get_state()
+        self._move_to_meta(self.hollow)
 
     @property
     def hollow(self) -> set[str]:
-        """The names of the parameters that were built, and have no numbers."""
+        """The names of the parameters that were built without numbers."""
         return {name for name in self._names if name is not None}
 
     @property
@@ -77,15 +78,19 @@ class Blueprint:
                 " module as it was: first to see what there is, then for each rank's own weights. Let it follow from"
                 " the module's attributes alone, and draw from the global generators only."
             )
-        for name, parameter in list(self._module.named_parameters()):
-            if name in self.hollow and name not in wanted:
-                empty = torch.empty_like(parameter, device="meta")
-                replace(self._module, parameter, nn.Parameter(empty, parameter.requires_grad))
+        self._move_to_meta(self.hollow - set(wanted))
 
     def build_whole(self) -> None:
         """Build again, as if there had been no first time."""
         self._start_again()
         self._build()
+
+    def _move_to_meta(self, names: Collection[str]) -> None:
+        for name, parameter in list(self._module.named_parameters()):
+            if name in names:
+                moved = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                vars(moved).update(vars(parameter))
+                replace(self._module, parameter, moved)
 
     def _start_again(self) -> None:
         self._frame.put_back()

@@ -49,7 +49,7 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
-from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
+from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.options import Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
@@ -172,6 +172,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._processes: Processes | None = None
         self._at_hand: RunAtHand | None = None
         self._blueprint: Blueprint | None = None
+        self._reading: Reading = nullcontext
         self._streaming = False
         self._hand_raised = False
         self._whole_optimizer_states: list[State] = []
@@ -600,7 +601,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """What the file holds; of a module in parts, numbers are read where they are used."""
         whole = self._taken_apart
         if whole is not None and whole.stays_in_parts and can_be_mapped(checkpoint_path, self.checkpoint_io):
-            return read_mapped(checkpoint_path, *args, **kwargs)
+            content, self._reading = read_mapped(checkpoint_path, *args, **kwargs)
+            return content
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
@@ -608,13 +610,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if (whole := self.at_hand.whole) is None:
             super().load_model_state_dict(checkpoint, strict)
         else:
-            whole.load_module(checkpoint["state_dict"], strict)
+            with self._reading():
+                whole.load_module(checkpoint["state_dict"], strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint["optimizer_states"]
         whole = self.at_hand.whole
-        own = states if whole is None else whole.own_optimizer_states(states)
+        with self._reading():
+            own = states if whole is None else whole.own_optimizer_states(states)
         super().load_optimizer_state_dict({"optimizer_states": own})
 
     # ---- what callbacks show ----

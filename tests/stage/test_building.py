@@ -28,6 +28,7 @@ class Various(nn.Module):
         self.conv = nn.Conv2d(3, 5, 3)
         self.lstm = nn.LSTM(6, 7)
         self.attention = nn.MultiheadAttention(8, 2)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(20, 20))
         self.drawn = nn.Parameter(torch.randn(70, 3))
         self.bare = nn.Parameter(torch.empty(9, 9))
         self.register_buffer("mask", torch.rand(5))

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from torch import Tensor, nn
@@ -62,10 +63,10 @@ def joined(ranks: Sequence[Seen]) -> dict[str, Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("p", [2, 3])
-def test_a_module_in_parts_trains_as_a_plain_one(p: int) -> None:
+@pytest.mark.parametrize(("p", "precision"), [(2, "bf16-true"), (3, "32-true")])
+def test_a_module_in_parts_trains_as_a_plain_one(p: int, precision: str) -> None:
     loader = partial(noise_loader, shuffle=True)
-    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000}
+    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000, "precision": precision}
     seen = fit_in_pipeline(p, MadeLate, loader, noise_loader, strategy=FILLS, **options)
     plain = fit_alone(MadeLate, loader, noise_loader, **options)
     assert seen[0].losses == plain.losses
@@ -175,7 +176,9 @@ def test_a_file_is_mapped_only_if_it_is_a_plain_one(tmp_path: Path) -> None:
     assert not can_be_mapped(old, TorchCheckpointIO())
     assert not can_be_mapped("https://example.com/new.ckpt", TorchCheckpointIO())
     assert not can_be_mapped(new, AsyncCheckpointIO())
-    content = read_mapped(new)
+    content, reading = read_mapped(new)
+    with reading():
+        assert content["state_dict"]["weight"].clone().tolist() == [1, 1, 1]
     # What is not read by parts may be kept while the file is written anew.
     new.write_bytes(b"")
     assert content["other"].tolist() == [1, 1]
@@ -256,3 +259,83 @@ def test_a_rank_takes_the_memory_of_its_own_share(width: int, depths: tuple[int,
     for found in ranks:
         assert 1 <= found["setup"] / found["share"] <= 1.2
         assert 0.9 <= found["training"] / found["share in training"] <= 1.2
+
+
+def save_after_two_steps(width: int, depth: int, path: Path) -> int:
+    """In plain Lightning; returns the size of the file."""
+    trainer = quiet_trainer(strategy="auto", devices=1, max_steps=2)
+    trainer.fit(Wide(width, depth), DataLoader(TensorDataset(torch.randn(24, width)), 2))
+    trainer.save_checkpoint(path)
+    return path.stat().st_size
+
+
+@pytest.mark.parametrize(("width", "depths"), UNEVEN)
+def test_a_rank_loads_its_own_part_of_a_checkpoint(width: int, depths: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "whole.ckpt"
+    (size,) = run_ranks(lambda _: save_after_two_steps(width, sum(depths), path), 1)
+    ranks = run_ranks(lambda _: peaks_of_fit(width, depths, path), len(depths))
+    whole = ranks[0]["whole"]
+    # Weights, and what the optimizer keeps.
+    assert size == pytest.approx(2 * whole, rel=0.01)
+    for found in ranks:
+        assert 1 <= found["setup"] / (2 * found["share"]) <= 1.2
+
+
+# ---- modules that others wrote ----
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+class Language(pl.LightningModule):
+    """A model of `transformers`.
+
+    Args:
+        kind: of model.
+        path: where weights are read from; None for new ones.
+    """
+
+    def __init__(self, kind: str, path: Path | None = None) -> None:
+        super().__init__()
+        self.kind, self.path = kind, path
+        self.model: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        model, options = transformers.AutoModelForCausalLM, SIZES if self.kind == "mamba" else {**SIZES, **HEADS}
+        config = transformers.AutoConfig.for_model(self.kind, tie_word_embeddings=False, **options)
+        self.model = model.from_config(config) if self.path is None else model.from_pretrained(self.path)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def tokens() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader(TensorDataset(torch.randint(0, 64, (6, 8), generator=generator)), 2)
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(each, marks=pytest.mark.full) for each in ("mixtral", "mamba"))]
+)
+def test_a_model_of_transformers_in_parts_trains_as_a_plain_one(kind: str) -> None:
+    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000}
+    seen = fit_in_pipeline(2, partial(Language, kind), tokens, strategy=FILLS, **options)
+    plain = fit_alone(partial(Language, kind), tokens, **options)
+    assert seen[0].losses == plain.losses
+    require_same_bits(joined(seen), plain.weights)
+
+
+def test_a_model_that_is_read_from_a_file_of_transformers_is_in_parts_too(tmp_path: Path) -> None:
+    first = Language("llama")
+    first.configure_model()
+    first.model.save_pretrained(tmp_path)
+    options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000}
+    seen = fit_in_pipeline(2, partial(Language, "llama", tmp_path), tokens, strategy=FILLS, **options)
+    plain = fit_alone(partial(Language, "llama", tmp_path), tokens, **options)
+    assert seen[0].losses == plain.losses
+    require_same_bits(joined(seen), plain.weights)
