@@ -103,7 +103,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             itself off with a `GradientAccumulationScheduler`.
         check: what the set-up proves about the cut: ``fills`` tries what the stages depend on, and compares two steps
             with the uncut module's, gradients aside; ``full`` compares all gradients too; ``auto`` is ``full`` below
-            50 million parameters.
+            50 million parameters. Where gradients are not compared, a module that `configure_model` builds is
+            never whole on any rank.
         timeout: seconds without a sign of life after which a rank counts as dead.
         process_group_backend: of the messages between stages; by default the device's own, gloo or nccl.
         start_method: how ranks are started: ``popen`` for scripts, ``spawn`` or ``fork`` elsewhere.
