@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -25,12 +24,12 @@ Reading = Callable[[], AbstractContextManager[Any]]
 _READ_BY_PARTS = ("state_dict", "optimizer_states")
 
 
-def can_be_mapped(path: _PATH, io: CheckpointIO) -> bool:
+def can_be_mapped(path: str | Path, io: CheckpointIO) -> bool:
     """Whether it is a file of torch's on this machine, and nobody asked for it to be read in another way."""
     return type(io) is TorchCheckpointIO and Path(path).is_file() and zipfile.is_zipfile(path)
 
 
-def read_mapped(path: _PATH, weights_only: bool | None = None) -> tuple[State, Reading]:
+def read_mapped(path: str | Path, weights_only: bool | None = None) -> tuple[State, Reading]:
     """The content of a file, of which weights and the states of optimizers lie in the file until they are copied.
 
     Returns:

@@ -248,7 +248,11 @@ def _private_names_of(cls: type) -> set[str]:
 
 
 def _of_objects(tree: ast.AST) -> Iterator[str]:
-    known = set(dir(nn.Module()) + dir(torch.Tensor) + dir(torch.optim.SGD([torch.zeros(1)]))) | {"_replace", "_exit"}
+    known = set(dir(nn.Module()) + dir(torch.Tensor) + dir(torch.optim.SGD([torch.zeros(1)]))) | {
+        "_replace",
+        "_exit",
+        "_schema",
+    }
     known |= _own_names()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in known:
