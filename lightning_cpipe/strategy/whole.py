@@ -62,14 +62,9 @@ class Whole:
         self._cut = cut
         self._stage = stage
         self._control = control
-        self._stays_in_parts = stays_in_parts
+        self.stays_in_parts = stays_in_parts
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._orders = [GroupOrder(optimizer, self._names) for optimizer in self._optimizers]
-
-    @property
-    def stays_in_parts(self) -> bool:
-        """Whether the module is too big to be put together on one rank."""
-        return self._stays_in_parts
 
     def take_apart(self) -> None:
         """Keep the weights of this rank's stage, in the module and in the optimizers."""
@@ -125,7 +120,7 @@ class Whole:
         Returns:
             On rank 0, the states of the whole module's optimizers.
         """
-        if self._stays_in_parts:
+        if self.stays_in_parts:
             self._module.cpu()
             unfreeze_stand_ins(self._module, self._cut, self._stage)
             keep_true_alone(self._module, self._cut, self._stage)

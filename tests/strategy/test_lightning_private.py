@@ -253,7 +253,7 @@ def _of_objects(tree: ast.AST) -> Iterator[str]:
         "_exit",
         "_schema",
     }
-    known |= _own_names()
+    known |= {"_schema"} | _own_names()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in known:
             root = ast.unparse(node.value).split(".")[0].split("(")[0]
