@@ -235,6 +235,13 @@ class SeveralOptimizers(Chain):
         return [SGD(block.parameters(), 0.1) for block in self.net]
 
 
+class BuiltByRank(Chain):
+    """Each rank makes blocks of its own."""
+
+    def configure_model(self) -> None:
+        self.net.extend(Chain(1).net[0] for _ in range(self.trainer.global_rank))
+
+
 class Differing(pl.LightningDataModule):
     """Each rank has data of its own."""
 
@@ -249,6 +256,7 @@ class Differing(pl.LightningDataModule):
         (2, Chain, {"split_points": ["net.9"]}, ["CutError", "does not have: net.9", "could begin: net.0, net.1"]),
         (3, Chain, {"split_points": ["net.2"]}, ["CutError", "3 stages", "2 split points", "has 1"]),
         (3, Chain, {"split_points": ["net.3", "net.1"]}, ["CutError", "net.3, net.1", "Reorder `split_points`"]),
+        (2, BuiltByRank, {}, ["CutError", "`configure_model`", "built another module", "on another rank"]),
         (2, Lbfgs, {}, ["MisconfigurationException", "LBFGS", "Use a first-order optimizer"]),
     ],
 )  # fmt: skip
