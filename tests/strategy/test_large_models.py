@@ -1,4 +1,4 @@
-"""A module that is made in `configure_model` and too big to be compared uncut is never whole on any rank."""
+"""A module that is made in `configure_model` and too big to be compared as a whole is never whole on any rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.modules import Block, Chain, noise_loader
 from tests.helpers.ranks import run_ranks
 
 FILLS = {"check": "fills"}
-"""Without the comparison with the uncut module, no module is too small to stay in parts."""
+"""Where gradients are not compared with the uncut module's, no module is too small to stay in parts."""
 
 
 class MadeLate(Chain):
