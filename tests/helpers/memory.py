@@ -6,6 +6,7 @@ import ctypes
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_LIBC = ctypes.CDLL(None)
 _M_MMAP_THRESHOLD = -3
 
 
@@ -20,7 +21,8 @@ def peak() -> int:
 
 
 def forget_peak() -> int:
-    """Begin to measure anew; returns the bytes in memory now."""
+    """Begin to measure anew, without what was freed; returns the bytes in memory now."""
+    _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
 
@@ -31,7 +33,7 @@ def let_the_heap_keep_nothing() -> None:
     The C library keeps freed tensors in a heap, in holes that the next ones of that size do not fit into: how much that
     comes to says nothing of what is needed.
     """
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**18)
+    _LIBC.mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
 def _read(field: str) -> int:
