@@ -32,6 +32,7 @@ from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
+from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.blueprint import Blueprint
@@ -318,6 +319,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             return
         control, module = self.processes.control, self._module
         set_state(control.share(get_state()))
+        if self.root_device.type == "cpu" and self._options.check != "full":
+            # Before anything is made: how much that is will be known too late.
+            keep_tensors_out_of_the_heap()
         blueprint = Blueprint(module, self._configure_model, self.root_device)
         failed: Exception | None = None
         try:

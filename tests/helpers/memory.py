@@ -7,7 +7,6 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _LIBC = ctypes.CDLL(None)
-_M_MMAP_THRESHOLD = -3
 
 
 def resident() -> int:
@@ -25,15 +24,6 @@ def forget_peak() -> int:
     _LIBC.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return resident()
-
-
-def let_the_heap_keep_nothing() -> None:
-    """What is freed goes back to the system at once.
-
-    The C library keeps freed tensors in a heap, in holes that the next ones of that size do not fit into: how much that
-    comes to says nothing of what is needed.
-    """
-    _LIBC.mallopt(_M_MMAP_THRESHOLD, 2**18)
 
 
 def _read(field: str) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_cpipe.stage.pages import drop_numbers
-from tests.helpers.memory import resident
+from lightning_cpipe.stage.pages import drop_numbers, keep_tensors_out_of_the_heap
+from tests.helpers.memory import forget_peak, peak, resident
 from tests.helpers.ranks import run_ranks
 
 MB = 2**20
@@ -42,3 +42,20 @@ def test_what_is_smaller_than_a_page_stays() -> None:
     tensor = torch.ones(10)
     drop_numbers(tensor.untyped_storage())
     assert tensor.tolist() == [1] * 10
+
+
+def freed_on_rank(rank: int) -> float:
+    """What is left of tensors that were freed beside small ones that were not."""
+    keep_tensors_out_of_the_heap()
+    small = []
+    start = forget_peak()
+    for _ in range(20):
+        tensor = torch.ones(MB)
+        small.append(torch.ones(100))
+        del tensor
+    return (peak() - start) / (4 * MB)
+
+
+def test_tensors_are_kept_out_of_the_heap() -> None:
+    (most,) = run_ranks(freed_on_rank, 1)
+    assert most < 2.5

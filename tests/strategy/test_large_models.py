@@ -21,7 +21,7 @@ from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
 from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
-from tests.helpers.memory import forget_peak, let_the_heap_keep_nothing, peak
+from tests.helpers.memory import forget_peak, peak
 from tests.helpers.modules import Block, Chain, noise_loader
 from tests.helpers.ranks import run_ranks
 
@@ -226,7 +226,6 @@ def peaks_of_fit(width: int, depths: Sequence[int], ckpt_path: Path | None = Non
     # What is imported late, and connections, are no share of a model.
     strategy = ContinuousPipeStrategy()
     quiet_trainer(strategy=strategy, devices=len(depths), max_steps=3).fit(Chain(), noise_loader())
-    let_the_heap_keep_nothing()
     starts = [f"net.{depth}" for depth in itertools.accumulate(depths[:-1])]
     strategy = ContinuousPipeStrategy(split_points=starts, check="fills")
     module, peaks = Wide(width, sum(depths)), Peaks()
