@@ -47,15 +47,17 @@ def test_what_is_smaller_than_a_page_stays() -> None:
 def freed_on_rank(rank: int) -> float:
     """What is left of tensors that were freed beside small ones that were not."""
     keep_tensors_out_of_the_heap()
-    small = []
+    # The code that runs takes memory, too.
+    small = [torch.ones(4 * MB), torch.ones(100)]
+    del small[0]
     start = forget_peak()
     for _ in range(20):
-        tensor = torch.ones(MB)
+        tensor = torch.ones(4 * MB)
         small.append(torch.ones(100))
         del tensor
-    return (peak() - start) / (4 * MB)
+    return (peak() - start) / (16 * MB)
 
 
 def test_tensors_are_kept_out_of_the_heap() -> None:
     (most,) = run_ranks(freed_on_rank, 1)
-    assert most < 2.5
+    assert most < 1.5
