@@ -19,6 +19,7 @@ FLOORS = [
     {"equality"},
     {"schedules", "stage", "transport"},
     {"engine", "probe"},
+    {"balance"},
     {"strategy"},
     {"callbacks"},
     {"cli"},

@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_cpipe import register
+from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.cli.lightning import PipelineCLI
 from lightning_cpipe.cli.printout import Printout
 from lightning_cpipe.errors import CPipeError, CutError
-from lightning_cpipe.probe.memory import bytes_of
 from lightning_cpipe.strategy.planning import Planning
 
 _USAGE = "cpipe plan --config recipe.yaml [--devices P] [--memory-limit 16GB] [--key.subkey=value ...]"

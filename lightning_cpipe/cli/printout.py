@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_cpipe.probe.costs import CLEAR_S
-from lightning_cpipe.probe.forecast import Forecast, StageForecast
-from lightning_cpipe.probe.memory import in_words
+from lightning_cpipe.balance.costs import CLEAR_S
+from lightning_cpipe.balance.forecast import Forecast, StageForecast
+from lightning_cpipe.balance.memory import in_words
 
 
 class Printout:

@@ -2,14 +2,6 @@
 
 survey      a first run: which modules are called, and what they compute
 blocks      the places where a stage may begin
-measure     what the blocks cost, as kept in a cache or looked at
-holdings    what they keep in memory
-stopwatch   what time they take
-costs       all of that, as data
-cache       keeps it between runs
-balance     where stages begin so that the slowest is fastest
-memory      what a stage keeps, and the limit of it
-forecast    what a pipeline will do
 probe       finds what crosses the cuts, by trying
 step        a step of the module, as the probe runs it
 recording   one watched run of it

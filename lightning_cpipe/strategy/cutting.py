@@ -18,10 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_cpipe.balance.memory import MemoryNeeds, bytes_of, state_multiple
 from lightning_cpipe.engine.mini_batch import SAME_DATA
 from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
 from lightning_cpipe.probe.lent import lent_weights
-from lightning_cpipe.probe.memory import MemoryNeeds, bytes_of, state_multiple
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous

@@ -8,8 +8,8 @@ from typing import NoReturn
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_cpipe.probe.forecast import Forecast, forecast
-from lightning_cpipe.probe.memory import bytes_of
+from lightning_cpipe.balance.forecast import Forecast, forecast
+from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import probe
 from lightning_cpipe.strategy.cutting import memory_needs, probe_steps
 from lightning_cpipe.strategy.lightning_private import TunerExit, set_num_threads_if_needed

@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_cpipe.balance.costs import Costs
+from lightning_cpipe.balance.measure import measure
+from lightning_cpipe.balance.memory import MemoryNeeds
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.costs import Costs
-from lightning_cpipe.probe.measure import measure
-from lightning_cpipe.probe.memory import MemoryNeeds
 from lightning_cpipe.probe.probe import Check, probe
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.probe.survey import Survey, survey

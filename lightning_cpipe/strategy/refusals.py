@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_cpipe.probe.memory import bytes_of
+from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options

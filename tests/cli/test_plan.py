@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from lightning_cpipe.balance.costs import BlockCost, Costs
 from lightning_cpipe.cli import plan as planning
-from lightning_cpipe.probe.costs import BlockCost, Costs
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.strategy import probing
 from tests.helpers.commands import ROOT, cpipe

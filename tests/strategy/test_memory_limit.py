@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_cpipe.balance.memory import MemoryNeeds
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.memory import MemoryNeeds
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.strategy.cutting import memory_needs
 from lightning_cpipe.strategy.probing import choose_starts, find_cut

@@ -17,9 +17,9 @@ from itertools import pairwise
 
 from torch.optim import Optimizer
 
+from lightning_cpipe.balance.costs import Costs, Held
+from lightning_cpipe.balance.split import balanced_starts, least_largest
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.balance import balanced_starts, least_largest
-from lightning_cpipe.probe.costs import Costs, Held
 from lightning_cpipe.schedules.continuous import Continuous
 
 _UNITS = {"": 1, "B": 1}

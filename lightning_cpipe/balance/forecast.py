@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_cpipe.probe.costs import BlockCost, Costs
-from lightning_cpipe.probe.memory import MemoryNeeds, StageMemory
+from lightning_cpipe.balance.costs import BlockCost, Costs
+from lightning_cpipe.balance.memory import MemoryNeeds, StageMemory
 from lightning_cpipe.stage.cut import Crossing, Cut
 from lightning_cpipe.tree import TemplateTable
 

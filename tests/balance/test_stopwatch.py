@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_cpipe.probe.stopwatch import CpuClock, Pass, clock_of, time_blocks
+from lightning_cpipe.balance.stopwatch import CpuClock, Pass, clock_of, time_blocks
 from tests.helpers.probing import step_of
 
 

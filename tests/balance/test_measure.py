@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.probe import measure as measuring
-from lightning_cpipe.probe.cache import CACHE, CostCache, hardware
-from lightning_cpipe.probe.costs import CLEAR_S, Costs
-from lightning_cpipe.probe.measure import measure
+from lightning_cpipe.balance import measure as measuring
+from lightning_cpipe.balance.cache import CACHE, CostCache, hardware
+from lightning_cpipe.balance.costs import CLEAR_S, Costs
+from lightning_cpipe.balance.measure import measure
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.survey import Survey, survey
 from tests.helpers.probing import CPU, step_of
@@ -118,7 +118,7 @@ def test_another_module_batch_precision_or_machine_is_measured_anew(
     measure(net, replace(step, precision="bf16-mixed"), seen, seen.blocks, CPU)
     measure(net, step, seen, seen.blocks[:2], CPU)
     assert len(counted) == 7
-    monkeypatch.setattr("lightning_cpipe.probe.cache.hardware", lambda device: ("another machine",))
+    monkeypatch.setattr("lightning_cpipe.balance.cache.hardware", lambda device: ("another machine",))
     measure(net, step, seen, seen.blocks, CPU)
     assert len(counted) == 8
     measure(net, step, seen, seen.blocks, CPU)

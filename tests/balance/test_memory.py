@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_cpipe.balance.costs import CLEAR_S, BlockCost, Costs, Held
+from lightning_cpipe.balance.memory import MemoryNeeds, StageMemory, bytes_of, in_words, state_multiple
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.costs import CLEAR_S, BlockCost, Costs, Held
-from lightning_cpipe.probe.memory import MemoryNeeds, StageMemory, bytes_of, in_words, state_multiple
 from lightning_cpipe.schedules.continuous import Continuous
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_cpipe.balance.split import balanced_starts
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.balance import balanced_starts
 
 
 def stage_costs(costs: Sequence[float], starts: Sequence[int]) -> list[float]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lightning_cpipe.probe.cache import CostCache
-from lightning_cpipe.probe.costs import BlockCost, Costs
-from lightning_cpipe.probe.holdings import find_holdings
+from lightning_cpipe.balance.cache import CostCache
+from lightning_cpipe.balance.costs import BlockCost, Costs
+from lightning_cpipe.balance.holdings import find_holdings
+from lightning_cpipe.balance.stopwatch import Clock, clock_of, time_blocks
 from lightning_cpipe.probe.step import Step
-from lightning_cpipe.probe.stopwatch import Clock, clock_of, time_blocks
 from lightning_cpipe.probe.survey import Survey
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_cpipe.probe.costs import BlockCost, Costs, Held
-from lightning_cpipe.probe.holdings import Holdings, find_holdings
+from lightning_cpipe.balance.costs import BlockCost, Costs, Held
+from lightning_cpipe.balance.holdings import Holdings, find_holdings
 from tests.helpers.probing import step_of
 
 ROWS, WIDTH = 3, 4

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_cpipe.probe.costs import BlockCost, Costs
+from lightning_cpipe.balance.costs import BlockCost, Costs
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.survey import Survey
 
