@@ -50,7 +50,9 @@ def building(keeps: Callable[[int], bool], device: torch.device) -> Iterator[Bui
     built, memory = Built(), _Memory(device)
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        if not keeps(len(built.parameters)):
+        if keeps(len(built.parameters)):
+            memory.keep(parameter)
+        else:
             memory.let_go(parameter)
         built.parameters.append(parameter)
 
@@ -64,6 +66,7 @@ def building(keeps: Callable[[int], bool], device: torch.device) -> Iterator[Bui
             built.copied_from[place] = sources[0]
         if keeps(place):
             copied = copy(parameter, memo)
+            memory.keep(copied)
         else:
             copied = memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
             memory.let_go(copied)
@@ -94,16 +97,23 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters: list[nn.Parameter] = []
         self._sizes: dict[torch.UntypedStorage, int] = {}
         self._present: dict[torch.UntypedStorage, int] = {}
+        self._largest = 0
         self._made_here: set[Any] = set()
         self._too_many = 1000
+
+    def keep(self, parameter: nn.Parameter) -> None:
+        """This one is kept; it makes as much room as if it were not, so that what can be read does not depend on it."""
+        storage = self._made_for(parameter)
+        if storage is not None:
+            self._largest = max(self._largest, storage.nbytes())
 
     def let_go(self, parameter: nn.Parameter) -> None:
         """This one is not kept."""
         self._parameters.append(parameter)
-        storage = _storage_of(parameter)
-        # What was there before, or came from a file, may be somebody else's too.
-        if storage is not None and storage not in self._sizes and _reference(storage) in self._made_here:
+        storage = self._made_for(parameter)
+        if storage is not None and storage not in self._sizes:
             self._sizes[storage] = storage.nbytes()
+            self._largest = max(self._largest, storage.nbytes())
             self._make_present({storage})
 
     def hollow_out(self) -> None:
@@ -133,12 +143,17 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._too_many = 1000 + 2 * len(self._made_here)
         return made
 
+    def _made_for(self, parameter: nn.Parameter) -> torch.UntypedStorage | None:
+        """The memory of a parameter, unless it was there before or came from a file: it may be somebody else's too."""
+        storage = _storage_of(parameter)
+        return storage if storage is not None and _reference(storage) in self._made_here else None
+
     def _make_present(self, storages: set[torch.UntypedStorage]) -> None:
         for storage in storages:
             # As the latest.
             self._present.pop(storage, None)
             self._present[storage] = self._sizes[storage]
-        room = _ROOM * max(self._sizes.values())
+        room = _ROOM * self._largest
         for storage in [each for each in self._present if each not in storages]:
             if sum(self._present.values()) <= room:
                 break

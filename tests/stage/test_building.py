@@ -154,6 +154,27 @@ def test_numbers_that_are_gone_are_not_read() -> None:
         built(lambda: Scaled(between=True), lambda place: place == 2)
 
 
+class MadeFromASmallOne(nn.Module):
+    """The large weight makes room for the small one's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.randn(64, 64))
+        self.first = nn.Parameter(torch.randn(8, 8))
+        self.between = nn.Parameter(torch.randn(8, 8))
+        self.second = nn.Parameter(torch.empty(8, 8))
+        with torch.no_grad():
+            self.second.copy_(2 * self.first)
+
+
+@pytest.mark.parametrize("kept", [{0}, {3}, {0, 3}])
+def test_what_can_be_read_does_not_depend_on_what_is_kept(kept: set[int]) -> None:
+    built(MadeFromASmallOne, lambda place: False)
+    _, found = built(MadeFromASmallOne, kept.__contains__)
+    numbers = [*plain(MadeFromASmallOne).parameters()]
+    assert all(torch.equal(found.parameters[place], numbers[place]) for place in kept)
+
+
 MB = 2**20
 
 
