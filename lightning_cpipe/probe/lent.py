@@ -12,6 +12,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.stage.absent import AbsentParameter
+
 _APART = 64
 """Elements from one parameter's place in the memory to the next one's; each has a place of its own."""
 
@@ -32,15 +34,13 @@ def lent_weights(root: nn.Module, names: Collection[str], device: torch.device) 
     for number, ((name, parameter), kind) in enumerate(zip(wanted, kinds)):
         numbers = rooms[kind][number * _APART :][: parameter.numel()].view(parameter.shape)
         lent[name] = nn.Parameter(numbers, parameter.requires_grad)
-        vars(lent[name]).update({key: value for key, value in vars(parameter).items() if key not in _OF_ABSENT})
+        vars(lent[name]).update({k: v for k, v in vars(parameter).items() if k not in AbsentParameter.__annotations__})
         if parameter.requires_grad:
             lent[name].register_hook(_without_memory)  # type: ignore[no-untyped-call]
     return lent
 
 
 _Kind = tuple[torch.dtype, int]
-
-_OF_ABSENT = ("full_name", "home", "here")
 
 
 def _exponent(parameter: Tensor) -> int:

@@ -103,7 +103,8 @@ def held_by(root: nn.Module, cut: Cut, stage: int) -> dict[str, Tensor]:
 
 
 def replace(root: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put `new` wherever `old` hangs; a parameter may have several names."""
+    """Put `new` wherever `old` hangs, with the attributes that users' code gave it; it may have several names."""
+    vars(new).update({key: value for key, value in vars(old).items() if key not in AbsentParameter.__annotations__})
     for module in root.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is old:

@@ -89,7 +89,6 @@ class Blueprint:
         for name, parameter in list(self._module.named_parameters()):
             if name in names:
                 moved = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-                vars(moved).update(vars(parameter))
                 replace(self._module, parameter, moved)
 
     def _start_again(self) -> None:

@@ -189,3 +189,13 @@ def test_filling_hides_from_autograd() -> None:
     assert module.first.weight.is_leaf
     assert module.twin.weight.tolist() == [[1, 1], [1, 1]]
     assert module.second.running_mean.tolist() == [1, 1]
+
+
+def test_what_users_hung_on_a_weight_stays_with_it() -> None:
+    module = Module()
+    module.second.bias.no_decay = True
+    keep_only(module, CUT, 0)
+    assert module.second.bias.no_decay
+    keep_only(module, CUT, 0)
+    make_room(module)
+    assert vars(module.second.bias) == {"no_decay": True}
