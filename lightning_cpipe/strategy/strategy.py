@@ -32,12 +32,13 @@ from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
+from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap, let_tensors_into_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.cutting import agree_on_cut
+from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
@@ -319,7 +320,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             return
         control, module = self.processes.control, self._module
         set_state(control.share(get_state()))
-        if self.root_device.type == "cpu" and self._options.check != "full":
+        kept_out = self.root_device.type == "cpu" and self._options.check != "full"
+        if kept_out:
             # Before anything is made: how much that is will be known too late.
             keep_tensors_out_of_the_heap()
         blueprint = Blueprint(module, self._configure_model, self.root_device)
@@ -329,16 +331,20 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 yield
         except Exception as error:
             failed = error
-        if any(control.compare(failed is not None)):
+        failures = [each for each in control.compare(failed and in_words(failed)) if each is not None]
+        if failures:
             rank_zero_warn(
                 f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run"
-                f" without the memory of all weights: {failed}"
+                f" without the memory of all weights: {failures[0]}"
             )
-            blueprint.build_whole()
-            return
-        if len(set(control.compare(blueprint.fingerprint))) > 1:
-            raise CutError("`configure_model` built another module, or drew other random numbers, on another rank.")
-        if blueprint.hollow and compares_gradients(module, self._options.check):
+        elif len(set(control.compare(blueprint.fingerprint))) > 1:
+            raise CutError(
+                "`configure_model` built another module, or drew other random numbers, on another rank. Let it follow"
+                " from the module's attributes alone, not from the rank, and draw from the global generators only."
+            )
+        if failures or (blueprint.hollow and compares_gradients(module, self._options.check)):
+            if kept_out:
+                let_tensors_into_the_heap()
             blueprint.build_whole()
         elif blueprint.hollow:
             self._blueprint = blueprint
@@ -608,6 +614,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if whole is not None and whole.stays_in_parts and can_be_mapped(checkpoint_path, self.checkpoint_io):
             content, self._reading = read_mapped(checkpoint_path, *args, **kwargs)
             return content
+        self._reading = nullcontext
         return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     @override
