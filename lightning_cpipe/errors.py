@@ -2,7 +2,7 @@
 
     CPipeError
     ├── PlanError              a schedule's text or plan is not a legal one
-    ├── CutError               the module can't be cut as asked; raised at set-up
+    ├── CutError               the module can't be cut as asked, or a step passes a cut otherwise than the first
     │   ├── AbsentWeightError  code of one stage used, or saved, a weight that lives on another stage
     │   └── LostNumbersError   a module can't be built in parts: one weight is made from another
     ├── WeightWrittenError     a weight changed while mini-batches in flight needed it as it was
@@ -25,7 +25,7 @@ class PlanError(CPipeError, ValueError):
 
 
 class CutError(CPipeError):
-    """The module can't be cut into the stages that were asked for."""
+    """The module can't be cut into the stages that were asked for, or a later step passes a cut otherwise."""
 
 
 class AbsentWeightError(CutError):

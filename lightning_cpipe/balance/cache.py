@@ -1,7 +1,7 @@
 """Keeps measured costs between runs, so that the next run on the same hardware cuts in the same places.
 
 One small JSON file for each module, batch, hardware and precision, in ``$XDG_CACHE_HOME/lightning_cpipe`` (usually
-``~/.cache/lightning_cpipe``). The environment variable `CACHE` names another folder, or turns it ``off``.
+``~/.cache/lightning_cpipe``). ``LIGHTNING_CPIPE_CACHE`` in the environment names another folder, or is ``off``.
 """
 
 from __future__ import annotations

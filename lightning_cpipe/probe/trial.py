@@ -116,7 +116,7 @@ class Trial:
                 outputs = [out for out, sent in zip(result, self.passage.sends) if sent.gradient]
             outputs = [out for out in outputs if out.requires_grad]
             if not outputs or not inputs:
-                return Dependence(frozenset(), ())
+                return NOTHING
             # Which of them get a gradient is the question, not how much.
             ones = [torch.ones_like(out) for out in outputs]
             gets = [g is not None for g in gradients(outputs, ones, inputs)]

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_cpipe.engine.rehearsal import Passed, Rehearsal, added
+from lightning_cpipe.engine.training import STEP
 from lightning_cpipe.equality import difference
 from lightning_cpipe.probe.recording import Call, Recorder, Recording
 from lightning_cpipe.probe.step import Observed, Step
@@ -34,8 +35,6 @@ from lightning_cpipe.strategy.lightning_private import attach_for_training, prep
 from lightning_cpipe.strategy.probing import find_cut, observe, training_probe_step
 from lightning_cpipe.strategy.refusals import reasons_in_trainer, refuse
 from lightning_cpipe.tree import flatten, signature
-
-STEP = "training_step"
 
 
 def assert_pipeline_parity(
