@@ -112,6 +112,7 @@ def test_a_recipe_as_json() -> None:
     assert found["warnings"] == []
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("numbers")
 def test_the_configs_own_options_count() -> None:
     words = (
@@ -129,6 +130,7 @@ def test_the_configs_own_options_count() -> None:
     assert [stage["versions"] for stage in found["stages"]] == [3, 3, 2, 1]
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("numbers")
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_another_strategy_is_planned_for_the_trainers_devices(strategy: str) -> None:
@@ -137,6 +139,7 @@ def test_another_strategy_is_planned_for_the_trainers_devices(strategy: str) -> 
     assert len(found["stages"]) == 2
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("numbers")
 def test_a_limit_that_fits_is_said_and_moves_the_cut() -> None:
     said = plan(*SMALL, "--devices=4", "--memory-limit=17kB")

@@ -131,6 +131,7 @@ def test_in_a_pipeline_it_is_what_it_is_in_plain_lightning() -> None:
     assert seen.metrics["val_perplexity"] == pytest.approx(math.exp(seen.metrics["val_loss"]), rel=1e-5)
 
 
+@pytest.mark.full
 def test_a_saved_model_in_a_pipeline(tmp_path: Path) -> None:
     """Read in `__init__` by every rank."""
     tiny_llama().model.save_pretrained(tmp_path)

@@ -84,7 +84,12 @@ def moved(weights: dict[str, Tensor], module: pl.LightningModule) -> set[str]:
     return {name for name, start in module.named_parameters() if not torch.equal(weights[name], start)}
 
 
-@pytest.mark.parametrize(("p", "module"), [(2, Adapted), (3, Adapted), (3, AllParameters)])
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("p", "module"), [(3, Adapted), *(pytest.param(*each, marks=FULL) for each in ((2, Adapted), (3, AllParameters)))]
+)
 def test_adapters_are_trained_and_the_base_stays(p: int, module: type[Adapted]) -> None:
     # By default, half of their weights begin with zero, and the other half's first gradients are zero for it.
     seen = require_plain_results(p, partial(module, init_lora_weights=False), token_loader, val=token_loader)
@@ -92,6 +97,7 @@ def test_adapters_are_trained_and_the_base_stays(p: int, module: type[Adapted]) 
     assert moved(seen.weights, module(init_lora_weights=False)) == trained_in(seen.weights)
 
 
+@FULL
 @pytest.mark.parametrize(
     "options",
     [
@@ -109,6 +115,7 @@ def test_other_adapters(options: dict[str, Any]) -> None:
     assert moved(seen.weights, Adapted(**options))
 
 
+@FULL
 def test_saved_adapters_are_trained_further_and_saved_again(tmp_path: Path) -> None:
     base().save_pretrained(tmp_path / "base")
     Adapted(str(tmp_path / "base"), init_lora_weights=False).model.save_pretrained(tmp_path / "adapters")
@@ -152,7 +159,7 @@ class MakesInSetup(LoadsInSetup):
         super().setup(stage)
 
 
-@pytest.mark.parametrize("module", [LoadsInSetup, MakesInSetup])
+@pytest.mark.parametrize("module", [LoadsInSetup, pytest.param(MakesInSetup, marks=FULL)])
 def test_weights_loaded_in_setup(tmp_path: Path, module: type[LoadsInSetup]) -> None:
     saved = {name: torch.randn_like(weight) for name, weight in Adapted().state_dict().items()}
     torch.save(saved, tmp_path / "saved.pt")

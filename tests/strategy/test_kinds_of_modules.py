@@ -53,6 +53,7 @@ def test_statistics_are_those_of_plain_lightning_in_training_and_in_evaluation()
     assert int(seen.found["net.4.1.num_batches_tracked"]) == 7
 
 
+@pytest.mark.full
 def test_an_evaluation_in_mid_stream_leaves_the_statistics_alone() -> None:
     fit = partial(fit_in_pipeline, 3, Statistics, EVEN, max_epochs=1, look=state_of)
     without, validated = fit()[0], fit(EVEN, val_check_interval=2)[0]

@@ -63,7 +63,7 @@ def joined(ranks: Sequence[Seen]) -> dict[str, Tensor]:
     return whole
 
 
-@pytest.mark.parametrize(("p", "precision"), [(2, "bf16-true"), (3, "32-true")])
+@pytest.mark.parametrize(("p", "precision"), [pytest.param(2, "bf16-true", marks=pytest.mark.full), (3, "32-true")])
 def test_a_module_in_parts_trains_as_a_plain_one(p: int, precision: str) -> None:
     loader = partial(noise_loader, shuffle=True)
     options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000, "precision": precision}
@@ -135,6 +135,7 @@ class Tied(MadeLate):
         self.net[4].linear.weight = self.net[0].linear.weight
 
 
+@pytest.mark.full
 def test_a_tied_weight_is_made_on_each_of_its_stages() -> None:
     options: Any = {"max_epochs": 1, "accumulate_grad_batches": 1000}
     seen = fit_in_pipeline(3, Tied, noise_loader, strategy=FILLS, **options)
@@ -329,6 +330,7 @@ def test_a_model_of_transformers_in_parts_trains_as_a_plain_one(kind: str) -> No
     require_same_bits(joined(seen), plain.weights)
 
 
+@pytest.mark.full
 def test_a_model_that_is_read_from_a_file_of_transformers_is_in_parts_too(tmp_path: Path) -> None:
     first = Language("llama")
     first.configure_model()

@@ -161,7 +161,9 @@ def state_of(trainer: pl.Trainer, module: pl.LightningModule) -> list[Any]:
     return flatten(trainer.strategy.optimizer_state(trainer.optimizers[0]))[0]
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(each, marks=() if number < 2 else pytest.mark.full) for number, each in enumerate(OPTIMIZERS)]
+)
 def test_groups_train_as_in_plain_lightning(kind: str) -> None:
     """Some of them are empty on some ranks. What the optimizer keeps is that of plain Lightning, too."""
     # One update at the end: there is no delay.
@@ -180,6 +182,7 @@ class Matrices(Chain):
         return torch.optim.Muon([each for each in self.parameters() if each.ndim == 2], lr=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon() -> None:
     seen = require_plain_results(3, Matrices, noise_loader)
