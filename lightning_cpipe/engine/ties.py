@@ -115,6 +115,8 @@ class Owned(Tied):
         for parameter, gradient in self._receive(waiting):
             if parameter.grad is None:
                 parameter.grad = gradient
+            elif parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.to_dense() + gradient
             else:
                 parameter.grad += gradient
 

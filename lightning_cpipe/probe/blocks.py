@@ -1,9 +1,9 @@
 """Finds the places where a module may be cut: its *blocks*.
 
 Blocks are the children of the chains (`nn.Sequential`, `nn.ModuleList`) that hold most of the parameters, wherever
-in the module they hang. A chain inside a chain is taken apart too, and so is a single block that outweighs all the
-others together, if there is a chain in it. Nothing here depends on the number of stages, so neither does anything
-that is decided per block, such as its random numbers.
+in the module they hang. A chain inside a chain is taken apart too, unless it is one of single layers, which is a block
+like any other; and so is a single block that outweighs all the others together, if there is a chain in it. Nothing
+here depends on the number of stages, so neither does anything that is decided per block, such as its random numbers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,17 @@ def _outermost_chains(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Mo
 def _links(chain: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     for child_name, child in chain.named_children():
         child_name = _join(name, child_name)
-        if isinstance(child, _CHAINS):
+        if _is_chain_of_modules(child):
             yield from _links(child, child_name)
         else:
             yield child_name, child
+
+
+def _is_chain_of_modules(module: nn.Module) -> bool:
+    """Whether it is a chain of which the links are blocks; a chain of single layers is one block itself."""
+    if isinstance(module, nn.ModuleList):
+        return True
+    return isinstance(module, nn.Sequential) and any(next(link.children(), None) is not None for link in module)
 
 
 def _taken_apart(blocks: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -181,8 +181,10 @@ class _Cutter:
                 if self._starts and compare:
                     self._require_right(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
+                received = {crossing.value for crossing in sends}
+                guarded = frozenset(v for v, t in trial.values.items() if t.requires_grad and v not in received)
                 self._passages.insert(
-                    0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends)
+                    0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends, guarded)
                 )
 
     def compare_all(self, with_gradients: bool) -> None:

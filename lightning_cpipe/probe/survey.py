@@ -65,7 +65,6 @@ class Survey:
 
 def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
     """Run `step` once and look. It leaves traces in the module; run it inside `untouched`."""
-    candidates = set(find_blocks(root))
     calls: Counter[str] = Counter()
     begun: dict[str, int] = {}
     with ExitStack() as hooks, _Flops() as flops:
@@ -82,10 +81,19 @@ def survey(root: nn.Module, step: Callable[[], Any]) -> Survey:
         step()
         total = flops.total
 
+    candidates = {each for name in find_blocks(root) for each in _entered(root, name, calls)}
     called = [name for name in begun if name in candidates]
     once = tuple(name for name in called if calls[name] == 1)
     repeated = tuple(sorted(name for name in called if calls[name] > 1))
     return Survey(calls, once, repeated, total, begun)
+
+
+def _entered(root: nn.Module, block: str, calls: Mapping[str, int]) -> list[str]:
+    """The block; or the links of one that the step goes through link by link, without calling the chain."""
+    module = root.get_submodule(block)
+    if calls[block] or not isinstance(module, nn.Sequential):
+        return [block]
+    return [f"{block}.{link}" for link, _ in module.named_children()]
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -55,6 +55,8 @@ class Passage:
             with how many of their calls that are, or None where it is all of them.
         receives: what comes from the stage before, in the order of the message.
         sends: what goes to the stage after, in the order of the message.
+        guarded: what stubs return with a gradient in the uncut module and this stage does not receive, since nothing
+            depended on it in the first batch. If a later step gives it a gradient, that is an error.
     """
 
     stage: int
@@ -62,6 +64,7 @@ class Passage:
     stubs: Mapping[str, int | None] = field(default_factory=dict)
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
+    guarded: frozenset[Value] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class Replay:
         self._device = device
         self._running: _Run | None = None
         self._zeros: dict[torch.dtype, Tensor] = {}
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._stubs: list[_Stub] = []
         self._handles: list[RemovableHandle] = []
 
@@ -139,10 +140,14 @@ class Replay:
             return False, None
         return True, run.stub_output(name, self._filler)
 
-    def _filler(self, spec: TensorSpec) -> Tensor:
+    def _filler(self, spec: TensorSpec, guarded: Value | None) -> Tensor:
         """Zeros that nobody's result depends on, cut out of the same memory each time.
 
         Written into, they are as good as before.
+
+        Args:
+            spec: of the zeros.
+            guarded: the value that they stand for, if a gradient that reaches them is an error.
         """
         size = math.prod(spec.shape)
         zeros = self._zeros.get(spec.dtype)
@@ -150,7 +155,13 @@ class Replay:
             # A tensor that is made in inference mode could not be used outside.
             with torch.inference_mode(False):
                 zeros = self._zeros[spec.dtype] = torch.zeros(size, dtype=spec.dtype, device=self._device)
-        return zeros[:size].view(spec.shape)
+        filler = zeros[:size].view(spec.shape)
+        if guarded is None or not torch.is_grad_enabled():
+            return filler
+        # No view: a step may write into it, which is forbidden for views that a function returned.
+        unrelated = torch.empty(0, dtype=spec.dtype, device=self._device)
+        unrelated.set_(zeros.untyped_storage(), 0, filler.shape, filler.stride())
+        return _guarded(self._anchor, guarded, unrelated)
 
     def _capture(self, name: str) -> Callable[..., None]:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
@@ -204,7 +215,7 @@ class _Run:
         # A stub of one step may run for real in another, and so may later calls of it.
         return name in stubs and ((calls := stubs[name]) is None or self._calls[name] < calls)
 
-    def stub_output(self, name: str, filler: Callable[[TensorSpec], Tensor]) -> Any:
+    def stub_output(self, name: str, filler: Callable[[TensorSpec, Value | None], Tensor]) -> Any:
         call = self._calls[name]
         self._calls[name] += 1
         self._just_stubbed = name
@@ -218,10 +229,10 @@ class _Run:
             self._given(Value(name, call, leaf), spec, filler) for leaf, spec in enumerate(template.specs)
         )
 
-    def _given(self, value: Value, spec: TensorSpec, filler: Callable[[TensorSpec], Tensor]) -> Tensor:
+    def _given(self, value: Value, spec: TensorSpec, filler: Callable[[TensorSpec, Value | None], Tensor]) -> Tensor:
         tensor = self._received.get(value)
         if tensor is None:
-            return filler(spec)
+            return filler(spec, value if value in self.passage.guarded else None)
         # A leaf that needs a gradient may not be written in place, and what is handed on must stay as it came.
         return tensor.clone() if value in self._role.rewritten else tensor
 
@@ -266,6 +277,33 @@ class _Run:
                 " the first batch. Write out of place there (`x = x + y` for `x += y`)."
             )
         return tensor
+
+
+class _Guard(torch.autograd.Function):
+    """A filler whose gradient nobody expects.
+
+    Where one arrives, the step depends on what this stage did not receive, and computed with zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Value, filler: list[Tensor]) -> Tensor:
+        ctx.value = value
+        return filler[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise CutError(
+            f"{ctx.value} gets a gradient on a later stage, which it did not in the first step; so it was not sent"
+            " there, and zeros stood for it. Every step must use what crosses a cut as the first one did: let a term"
+            " that comes later count from the beginning, multiplied by a weight that is 0 at first, or move the cut"
+            " with `split_points` so that module and use lie on one stage."
+        )
+
+
+def _guarded(anchor: Tensor, value: Value, filler: Tensor) -> Tensor:
+    # In a list it is not an input, which a function would have to copy.
+    made: Tensor = _Guard.apply(anchor, value, [filler])  # type: ignore[no-untyped-call]
+    return made
 
 
 class _Stub:

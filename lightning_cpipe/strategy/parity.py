@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_cpipe.engine.rehearsal import Passed, Rehearsal, added
 from lightning_cpipe.engine.training import STEP
 from lightning_cpipe.equality import difference
+from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.recording import Call, Recorder, Recording
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.probe.survey import survey
@@ -85,9 +86,29 @@ def assert_pipeline_parity(
         first = Drawn(0, seed, batch, 0, signature(batch))
         step = training_probe_step(module, first, module.device, seed)
         cut = find_cut(module, [step], num_stages, split_points, module.device, check=None)
-        comparison = _Comparison(module, step, cut, rtol)
-        for number, each in enumerate([batch, *(more_batches or [batch])]):
-            comparison.step(number, each, derived_seed(seed, "mini-batch", number))
+        try:
+            comparison = _Comparison(module, step, cut, rtol)
+            for number, each in enumerate([batch, *(more_batches or [batch])]):
+                comparison.step(number, each, derived_seed(seed, "mini-batch", number))
+        except (AssertionError, CutError):
+            raise
+        except Exception:
+            # What goes wrong in stages alone has a reason, which the set-up of a pipeline names.
+            _find_cut_of_a_fit(module, step, num_stages, split_points)
+            raise
+        # All stages shared the memory of one process here: a global variable would be seen by all of them.
+        _find_cut_of_a_fit(module, step, num_stages, split_points)
+
+
+def _find_cut_of_a_fit(
+    module: pl.LightningModule, step: Step, num_stages: int, split_points: str | Sequence[str]
+) -> None:
+    """Check the cut as the set-up of a pipeline does.
+
+    Raises:
+        CutError: if it is refused.
+    """
+    find_cut(module, [step], num_stages, split_points, module.device, check="full")
 
 
 class _Finding(NamedTuple):
@@ -229,13 +250,14 @@ class _Comparison:
         wrong = []
         places = {name: place for place, (name, _) in enumerate(self._module.named_parameters())}
         for name in sorted(places, key=lambda name: (whole.used(name), places[name]), reverse=True):
-            trained_on = self._cut.trained_on.get(name, ())
+            # One that got no gradient in the first step is trained where it lives.
+            trained_on = self._cut.trained_on.get(name, self._cut.homes[name][:1])
             elsewhere = [stage for stage, found in enumerate(by_stage) if name in found and stage not in trained_on]
             numbers = difference(total.get(name), whole.gradients.get(name), self._rtol)
             if elsewhere:
                 numbers = f"it comes from stage {elsewhere[0]}, too, where nothing would update it"
             if numbers is not None:
-                on = ", ".join(map(str, trained_on)) or "none"
+                on = ", ".join(map(str, trained_on))
                 wrong.append(_Finding(f"the gradient of {name!r} (trained on stage {on})", numbers))
         if wrong:
             count = f"{len(wrong)} of {len(whole.gradients)} gradients differ"

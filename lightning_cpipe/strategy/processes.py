@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ class Processes:
         if self._words is not None:
             self._words.at(batch)
 
-    def lanes(self, in_flight: int, ties: Sequence[Pair] = ()) -> Lanes:
+    def lanes(self, in_flight: int, ties: Mapping[Pair, int]) -> Lanes:
         """The lanes to the neighbours, and to stages with which this one shares parameters."""
         return Lanes() if self._wiring is None else self._wiring.lanes(in_flight, ties)
 

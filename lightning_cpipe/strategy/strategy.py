@@ -384,8 +384,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        pairs = [(tie.user, tie.owner) for tie in cut.ties]
-        lanes = self.processes.lanes(room_on_lanes(self._schedule.lag(self.stage, self.num_stages)), pairs)
+        schedule = self._schedule
+        # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
+        ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
+        lanes = self.processes.lanes(room_on_lanes(schedule.lag(self.stage, self.num_stages)), ties)
         stage_run = StageRun(StageModule(module, cut, self.stage, self.root_device), lanes, self.timeline)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)

@@ -20,7 +20,7 @@ gradients, to the later stage, which owns these parameters, and one for its weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -130,15 +130,16 @@ class Wiring:
             connection.close()
         self._connections.clear()
 
-    def lanes(self, in_flight: int, ties: Sequence[Pair] = ()) -> Lanes:
+    def lanes(self, in_flight: int, ties: Mapping[Pair, int] | None = None) -> Lanes:
         """Fresh ends for one run; nothing may be on its way on the old ones. All ranks must call it alike.
 
         Args:
             in_flight: how many messages may be on their way on each lane for tensors.
-            ties: all pairs of stages that share parameters.
+            ties: all pairs of stages that share parameters, each with how many messages may be on their way.
         """
         self._handed_out.clear()
-        lanes = Lanes(ties={pair: self._tie_ends(pair, in_flight) for pair in self._connected(ties)})
+        ties = ties or {}
+        lanes = Lanes(ties={pair: self._tie_ends(pair, ties[pair]) for pair in self._connected(ties)})
         for upper in (self._stage - 1, self._stage):
             if not 0 <= upper < len(self._ranks) - 1:
                 continue
@@ -157,7 +158,7 @@ class Wiring:
         made: dist.ProcessGroup = dist.new_group(ranks, timeout=NEVER, backend=self._backend)
         return made
 
-    def _connected(self, ties: Sequence[Pair]) -> list[Pair]:
+    def _connected(self, ties: Iterable[Pair]) -> list[Pair]:
         """Connect these pairs, unless they are already; those that this stage belongs to."""
         for pair in ties:
             if pair in self._tied:

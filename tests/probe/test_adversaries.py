@@ -415,7 +415,16 @@ class Catches(Blocks):
             return x.sum()
 
 
+class AsksForGradient(Blocks):
+    """Python decides by whether an early output has a gradient, which what stands for it has, too."""
+
+    def body(self, x: Tensor) -> Tensor:
+        early, late = self.ends(x)
+        return late * 2 if early.requires_grad else late
+
+
 RIGHT = [
+    AsksForGradient,
     lambda: Blocks(RemembersInside),
     RemembersAtTheRoot,
     UsesLastStepsOutput,
@@ -642,14 +651,6 @@ class DrawsInPython(Block):
         return super().forward(x) * random.random()
 
 
-class AsksForGradient(Blocks):
-    """Python decides by whether an early output has a gradient, which nothing on the next stage has unless needed."""
-
-    def body(self, x: Tensor) -> Tensor:
-        early, late = self.ends(x)
-        return late * 2 if early.requires_grad else late
-
-
 class PenalizesInputGradient(Blocks):
     """A gradient of the output by the input passes every stage twice."""
 
@@ -670,7 +671,6 @@ REFUSED = [
     WritesOneOfTwins,
     WritesUnseen,
     lambda: Blocks(DrawsInPython),
-    AsksForGradient,
     PenalizesInputGradient,
 ]
 

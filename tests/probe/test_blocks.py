@@ -39,8 +39,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     ),
     "links without weights": (lambda: Holder(net=chain(heavy(), nn.ReLU(), heavy())), ["net.0", "net.1", "net.2"]),
     "a chain in a chain": (
-        lambda: Holder(net=chain(heavy(), chain(heavy(), heavy()), heavy())),
+        lambda: Holder(net=chain(heavy(), chain(Holder(one=heavy()), heavy()), heavy())),
         ["net.0", "net.1.0", "net.1.1", "net.2"],
+    ),
+    # A step may run it as a whole, such as inside an activation checkpoint.
+    "a chain of single layers in a chain": (
+        lambda: Holder(net=nn.ModuleList([chain(heavy(), nn.ReLU()), chain(heavy(), nn.ReLU())])),
+        ["net.0", "net.1"],
+    ),
+    "a ModuleList in a ModuleList": (
+        lambda: Holder(net=nn.ModuleList([nn.ModuleList([heavy(), heavy()]), heavy()])),
+        ["net.0.0", "net.0.1", "net.1"],
     ),
     "two chains": (
         lambda: Holder(encoder=chain(heavy(), heavy()), decoder=chain(heavy(), heavy())),

@@ -101,3 +101,21 @@ def test_no_hook_is_left() -> None:
     module = Walks([0, 1])
     survey_of(module)
     assert not any(each._forward_pre_hooks for each in module.modules())
+
+
+class LinkByLink(nn.Module):
+    """Goes through one of its chains by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.blocks[0]:
+            x = layer(x)
+        return self.blocks[1](x)
+
+
+def test_a_chain_of_layers_is_one_block_where_it_is_called() -> None:
+    root = LinkByLink()
+    assert survey(root, lambda: root(torch.ones(2, 3))).blocks == ("blocks.0.0", "blocks.0.1", "blocks.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,23 @@ def test_what_a_step_does_to_a_filler_is_not_there_in_the_next() -> None:
     for _ in range(2):
         replay.run("step", step, (X,), TABLE)
     assert fillers[0].data_ptr() == fillers[1].data_ptr()
+
+
+def test_a_gradient_that_reaches_what_was_not_received_is_an_error() -> None:
+    """A step may write into such zeros, and lead a gradient past them."""
+    passage = replace(LAST, guarded=frozenset({Value("one", 0, 0)}))
+
+    def step(root: Root) -> Tensor:
+        early = root.one(X)["out"]
+        early += 1
+        made = root.three(root.two(X)["out"])["out"]
+        return made + early if used else made
+
+    used = False
+    run(passage, (X,), step)[1].returned.sum().backward()
+    used = True
+    with pytest.raises(CutError, match=r"the output of 'one' gets a gradient on a later stage.*weight that is 0"):
+        run(passage, (X,), step)[1].returned.sum().backward()
 
 
 def test_what_was_received_is_copied_where_code_writes_into_it() -> None:

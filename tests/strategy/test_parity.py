@@ -17,7 +17,7 @@ from lightning_cpipe.engine.rehearsal import Rehearsal
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.randomness import get_state, same_state
 from lightning_cpipe.stage.replay import Replay
-from tests.helpers.modules import WIDTH, Block, Chain
+from tests.helpers.modules import WIDTH, Block, Chain, noise_loader
 
 BATCH = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
 
@@ -254,6 +254,57 @@ def test_the_tolerance_may_be_given() -> None:
     module = Chain(depth=6)
     module.net[1] = Damaged()
     assert_pipeline_parity(module, BATCH, 2, rtol=1.0)
+
+
+_SHARED: dict[str, Any] = {}
+
+
+class Leaves(Block):
+    """Leaves what it makes in a global variable, which all stages share in one process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _SHARED["made"] = super().forward(x)
+        return _SHARED["made"]
+
+
+class ByGlobal(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = Leaves()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * (1 + float(_SHARED["made"].detach().abs().mean()))
+
+
+class ByGlobalWithGradient(ByGlobal):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * _SHARED["made"]
+
+
+@pytest.mark.parametrize("kind", [ByGlobal, ByGlobalWithGradient])
+def test_what_a_fit_refuses_is_refused(kind: type[Chain]) -> None:
+    """The stages of a rehearsal share what those of a pipeline do not."""
+    with pytest.raises(CutError, match=r"handed on other than through what net\.0 returns"):
+        assert_pipeline_parity(kind(), next(iter(noise_loader())), 2)
+
+
+class Experts(Chain):
+    """The first batch needs one of two layers, the next one the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3].other = nn.Linear(WIDTH, WIDTH)
+        self.number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.net[3].linear if x[0, 0] > 0 else self.net[3].other
+        return self.net[3].norm(layer(self.net[3](self.net[:3](x))))
+
+
+def test_a_parameter_that_the_first_batch_does_not_use_may_be_trained_by_a_later_one() -> None:
+    x, y = next(iter(noise_loader()))
+    batches = [(x.abs(), y), (-x.abs(), y)]
+    assert_pipeline_parity(Experts(), batches[0], 2, more_batches=batches)
 
 
 def test_what_can_not_be_cut_is_refused() -> None:
