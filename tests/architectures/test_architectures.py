@@ -27,14 +27,14 @@ STAGES = (2, 3)
 EPOCHS = 2
 
 
-def once_each() -> Iterator[Any]:
-    """Every architecture with 2 and with 3 stages; by default with one of them, taken in turn."""
-    for name, default in zip(ARCHITECTURES, cycle(STAGES[::-1])):
+def each() -> Iterator[Any]:
+    """Every architecture with 2 and with 3 stages; by default every other one with 3."""
+    for name, default in zip(ARCHITECTURES, cycle([True, False])):
         for p in STAGES:
-            yield pytest.param(name, p, id=f"{name}-{p}", marks=() if p == default else pytest.mark.full)
+            yield pytest.param(name, p, id=f"{name}-{p}", marks=() if default and p == 3 else pytest.mark.full)
 
 
-@pytest.mark.parametrize(("name", "p"), [*once_each()])
+@pytest.mark.parametrize(("name", "p"), [*each()])
 def test_trains_as_the_contract_says(name: str, p: int) -> None:
     architecture = ARCHITECTURES[name]
     ranks = require_equal_to_reference(
