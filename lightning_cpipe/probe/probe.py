@@ -289,6 +289,7 @@ class _Cutter:
                 with self._opened(replace(passage, stubs=stubs)) as trial:
                     right = trial.is_right()
             except Exception:
+                # Without what these stubs do, it does not even run: they are among the origins.
                 right = False
             if right:
                 origins = fewer

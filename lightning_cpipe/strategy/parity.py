@@ -53,8 +53,8 @@ def assert_pipeline_parity(
     No processes are started, and no Trainer is needed. Compared are, in this order: what each stage receives, the
     loss, what is logged and returned, the gradient of every parameter, which must come from the stage that owns it
     (and from those to which it is tied), and every buffer. The first batch is run twice if there are no more, since a
-    step may keep something for the next one. Random numbers are those of a pipeline: a module that draws has a state
-    of its own.
+    step may keep something for the next one. In the end the cut is checked as the set-up of a fit does. Random numbers
+    are those of a pipeline: a module that draws has a state of its own.
 
     The module, its gradients and the random generators are afterwards as they were. For a while there are about three
     copies of the weights, on the module's own device. `configure_model` is called, on a copy; what `setup` makes must

@@ -25,6 +25,32 @@ class Block(nn.Module):
         return x + self.dropout(torch.tanh(self.linear(self.norm(x))))
 
 
+class Codebook(nn.Module):
+    """A codebook without parameters: its buffers follow what they see. (batch, width) -> (batch, width)."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x, self.codes).argmin(-1)
+        found = self.codes[nearest]
+        if self.training:
+            self.codes.index_add_(0, nearest, 0.1 * (x - found).detach())
+        return x + (found - x).detach()
+
+
+class Scale(nn.Module):
+    """A buffer that nobody writes, and no weights. (batch, width) -> (batch, width)."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((width,), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
 class Chain(pl.LightningModule):
     """A chain of blocks that learns to map noise to noise.
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Crossing, Value
 from tests.helpers.chains import WIDTH, Block, Blocks, linear
+from tests.helpers.modules import Codebook
 from tests.helpers.probing import SEED, STEP, Stages, check_cut, cut_of
 
 
@@ -201,25 +202,10 @@ class InPlace(Blocks):
         return x
 
 
-class Codebook(nn.Module):
-    """A codebook without parameters: its buffers follow what they see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.randn(5, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        nearest = torch.cdist(x, self.codes).argmin(-1)
-        found = self.codes[nearest]
-        if self.training:
-            self.codes.index_add_(0, nearest, 0.1 * (x - found).detach())
-        return x + (found - x).detach()
-
-
 class Quantized(Blocks):
     def __init__(self) -> None:
         super().__init__()
-        self.codebook = Codebook()
+        self.codebook = Codebook(WIDTH)
 
     def body(self, x: Tensor) -> Tensor:
         for block in self.blocks:

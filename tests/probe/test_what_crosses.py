@@ -20,6 +20,7 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.step import Observed
 from lightning_cpipe.stage.cut import Value
 from tests.helpers.chains import WIDTH, Block, Blocks, batches, linear
+from tests.helpers.modules import Scale
 from tests.helpers.probing import STEP, check_cut, cut_of, forward_of
 
 HALVES = {"num_stages": 2, "split_points": ["blocks.2"]}
@@ -168,21 +169,12 @@ class BareNorms(Blocks):
         self.blocks = nn.ModuleList(layer for norm in norms for layer in (linear(), norm))
 
 
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.full((WIDTH,), 0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
-
-
 class BufferBlocks(Blocks):
     """Blocks with a buffer that nobody writes, and no weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Scale(), linear(), Scale(), linear(), Scale(), linear()])
+        self.blocks = nn.ModuleList([Scale(WIDTH), linear(), Scale(WIDTH), linear(), Scale(WIDTH), linear()])
 
 
 class Prompts(Blocks):

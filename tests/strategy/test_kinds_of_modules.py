@@ -13,28 +13,13 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline, require_plain_results, require_same_bits
-from tests.helpers.modules import WIDTH, Block, Chain, noise_loader
+from tests.helpers.modules import WIDTH, Block, Chain, Codebook, Scale, noise_loader
 
 EVEN = partial(noise_loader, samples=21)
 
 
 def state_of(trainer: Any, module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()} if trainer.is_global_zero else {}
-
-
-class Codebook(nn.Module):
-    """Buffers that follow what they see, and no weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("codes", torch.randn(5, WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        nearest = torch.cdist(x, self.codes).argmin(-1)
-        found = self.codes[nearest]
-        if self.training:
-            self.codes.index_add_(0, nearest, 0.1 * (x - found).detach())
-        return x + (found - x).detach()
 
 
 class Statistics(Chain):
@@ -151,15 +136,6 @@ def test_weights_that_are_loaded_while_the_module_is_made_are_trained(tmp_path: 
     parts = {name: nn.Sequential(Block(), Block()).state_dict() for name in ("first", "last")}
     torch.save(parts, tmp_path / "weights.pt")
     require_plain_results(3, partial(Loads, tmp_path / "weights.pt"), EVEN)
-
-
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.full((WIDTH,), 0.7))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
 
 
 class LittleToTrain(Chain):
