@@ -244,21 +244,22 @@ def peaks_of_fit(width: int, depths: Sequence[int], ckpt_path: Path | None = Non
     }
 
 
+# What does not grow with the module weighs more in a small one.
 UNEVEN = [
-    pytest.param(512, (24, 20, 40), id="88 MB"),
-    pytest.param(1024, (30, 20, 55), id="440 MB", marks=pytest.mark.full),
+    pytest.param(512, (24, 20, 40), 1.35, id="88 MB"),
+    pytest.param(1024, (30, 20, 55), 1.2, id="440 MB", marks=pytest.mark.full),
 ]
 
 
-@pytest.mark.parametrize(("width", "depths"), UNEVEN)
-def test_a_rank_takes_the_memory_of_its_own_share(width: int, depths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("width", "depths", "most"), UNEVEN)
+def test_a_rank_takes_the_memory_of_its_own_share(width: int, depths: tuple[int, ...], most: float) -> None:
     ranks = run_ranks(lambda _: peaks_of_fit(width, depths), len(depths))
     whole = sum(depths) * (width + 1) * width * 4
     assert [found["whole"] for found in ranks] == [whole] * len(depths)
     assert [found["share"] for found in ranks] == [whole // sum(depths) * depth for depth in reversed(depths)]
     for found in ranks:
-        assert 1 <= found["setup"] / found["share"] <= 1.2
-        assert 0.9 <= found["training"] / found["share in training"] <= 1.2
+        assert 1 <= found["setup"] / found["share"] <= most
+        assert 0.9 <= found["training"] / found["share in training"] <= most
 
 
 def save_after_two_steps(width: int, depth: int, path: Path) -> int:
@@ -269,8 +270,10 @@ def save_after_two_steps(width: int, depth: int, path: Path) -> int:
     return path.stat().st_size
 
 
-@pytest.mark.parametrize(("width", "depths"), UNEVEN)
-def test_a_rank_loads_its_own_part_of_a_checkpoint(width: int, depths: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "depths", "most"), UNEVEN)
+def test_a_rank_loads_its_own_part_of_a_checkpoint(
+    width: int, depths: tuple[int, ...], most: float, tmp_path: Path
+) -> None:
     path = tmp_path / "whole.ckpt"
     (size,) = run_ranks(lambda _: save_after_two_steps(width, sum(depths), path), 1)
     ranks = run_ranks(lambda _: peaks_of_fit(width, depths, path), len(depths))
@@ -278,7 +281,7 @@ def test_a_rank_loads_its_own_part_of_a_checkpoint(width: int, depths: tuple[int
     # Weights, and what the optimizer keeps.
     assert size == pytest.approx(2 * whole, rel=0.01)
     for found in ranks:
-        assert 1 <= found["setup"] / (2 * found["share"]) <= 1.2
+        assert 1 <= found["setup"] / (2 * found["share"]) <= most
 
 
 # ---- modules that others wrote ----
