@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -78,8 +79,11 @@ def agree_on_cut(
         if first:
             # The others move what they keep, once they know it.
             module.to(device)
-        # Where weights are lent there is nothing to compare gradients with.
-        asked = dataclasses.replace(asked, check="fills") if in_parts else asked
+        if in_parts:
+            # Where weights are lent there is nothing to compare gradients with.
+            if asked.check == "full":
+                _warn_of_fewer_checks(module)
+            asked = dataclasses.replace(asked, check="fills")
         cut = _find(trainer, processes, asked, schedule, device, seed)
     if blueprint is not None:
         # Where nothing will run, the module is whole.
@@ -87,6 +91,15 @@ def agree_on_cut(
     elif in_parts:
         _bring_home(module, cut, processes, holders)
     return cut, in_parts
+
+
+def _warn_of_fewer_checks(module: pl.LightningModule) -> None:
+    kind = type(module).__name__
+    rank_zero_warn(
+        f"check='full': the gradients of {kind} are not compared with the uncut module's, and the cut is checked as by"
+        " check='fills'. An earlier run left the module in parts, and gradients of the whole need all weights on one"
+        f" rank. To compare them, let the first run of a new {kind} have check='full'."
+    )
 
 
 def _held(module: pl.LightningModule, blueprint: Blueprint | None) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_runs_follow_one_another_while_the_module_stays_in_parts() -> None:
         ["0", "1", "2"],
     ]
     require_same_bits({name: t for each in ranks for name, t in each["weights"].items()}, plain["weights"])
+
+
+def warnings_of_later_check(check: Any) -> list[str]:
+    """What a second run of a module that stayed in parts warns of on this rank."""
+    module = MadeLate()
+    for each in ("fills", check):
+        trainer = quiet_trainer(strategy=ContinuousPipeStrategy(check=each), devices=2, max_steps=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, noise_loader())
+    return [str(each.message) for each in caught if "check='full'" in str(each.message)]
+
+
+def test_a_later_run_in_parts_says_that_it_compares_no_gradients() -> None:
+    of_last, of_first = run_ranks(lambda _: warnings_of_later_check("full"), 2)
+    (warning,) = of_last
+    assert "the gradients of MadeLate are not compared" in warning
+    assert "An earlier run left the module in parts" in warning
+    assert "let the first run of a new MadeLate have check='full'" in warning
+    assert of_first == []
 
 
 class Tied(MadeLate):
