@@ -27,7 +27,7 @@ from typing_extensions import override
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
-from lightning_cpipe.errors import CutError
+from lightning_cpipe.errors import CutError, LostNumbersError
 from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
@@ -332,12 +332,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         except Exception as error:
             failed = error
         failures = [each for each in control.compare(failed and in_words(failed)) if each is not None]
-        if failures:
-            rank_zero_warn(
-                f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run"
-                f" without the memory of all weights: {failures[0]}"
-            )
-        elif len(set(control.compare(blueprint.fingerprint))) > 1:
+        if not failures and len(set(control.compare(blueprint.fingerprint))) > 1:
             raise CutError(
                 "`configure_model` built another module, or drew other random numbers, on another rank. Let it follow"
                 " from the module's attributes alone, not from the rank, and draw from the global generators only."
@@ -345,7 +340,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if failures or (blueprint.hollow and compares_gradients(module, self._options.check)):
             if kept_out:
                 let_tensors_into_the_heap()
-            blueprint.build_whole()
+            # What is certain is said before, since the memory may not suffice. Any other error may be the user's own.
+            if sure := isinstance(failed, LostNumbersError):
+                _warn_of_a_whole(module, failures[0])
+            try:
+                blueprint.build_whole()
+            except Exception as error:
+                # The same without a thought of parts: it is told once.
+                error.__suppress_context__ |= failed is not None and in_words(error) == in_words(failed)
+                raise
+            if failures and not sure:
+                _warn_of_a_whole(module, failures[0])
         elif blueprint.hollow:
             self._blueprint = blueprint
 
@@ -726,3 +731,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
                     description=f"ContinuousPipe: a pipeline that is never flushed, `start_method` {start_method!r}",
                     start_method=start_method,
                 )
+
+
+def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
+    rank_zero_warn(
+        f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
+        f" memory of all weights: {why}"
+    )

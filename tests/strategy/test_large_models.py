@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -19,8 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
+from lightning_cpipe.transport.control import Control
 from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.memory import forget_peak, peak
 from tests.helpers.modules import Block, Chain, noise_loader
@@ -126,6 +131,61 @@ def test_runs_follow_one_another_while_the_module_stays_in_parts() -> None:
         ["0", "1", "2"],
     ]
     require_same_bits({name: t for each in ranks for name, t in each["weights"].items()}, plain["weights"])
+
+
+class Mistaken(MadeLate):
+    """Its author made a mistake."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        raise ValueError("the width must be even")
+
+
+class NeedsNumbers(MadeLate):
+    """Fails where it is built in parts, with an error of its own."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        try:
+            self.net[0].linear.weight.sum()
+        except CutError:
+            raise ValueError("it needs numbers") from None
+
+
+class OneOfTwo(ContinuousPipeStrategy):
+    """The only rank of what it takes for a pipeline of two."""
+
+    num_stages = 2
+    processes = SimpleNamespace(control=Control(1))
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        super().__init__(check="full", parallel_devices=[torch.device("cpu")] * 2, cluster_environment=mock.Mock())
+        self._lightning_module = module
+
+    @property
+    def local_rank(self) -> int:
+        return 0
+
+    def configure(self) -> None:
+        with self.model_sharded_context():
+            self.lightning_module.configure_model()
+
+
+def test_a_mistake_in_configure_model_is_told_once_and_as_itself() -> None:
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(ValueError, match="must be even") as error:
+        OneOfTwo(Mistaken()).configure()
+    assert not caught
+    told = "".join(traceback.format_exception(error.type, error.value, error.tb))
+    assert told.count("ValueError: the width must be even") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "why"), [(NeedsNumbers, "ValueError: it needs numbers"), (MadeFromOthers, "LostNumbersError: ")]
+)
+def test_why_a_module_is_built_as_a_whole_is_told_once(module: type[MadeLate], why: str) -> None:
+    with pytest.warns(UserWarning, match=f"{module.__name__} is built as a whole.*: {why}") as caught:
+        OneOfTwo(module()).configure()
+    assert len(caught) == 1
 
 
 def warnings_of_later_check(check: Any) -> list[str]:
