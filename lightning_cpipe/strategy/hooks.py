@@ -6,7 +6,6 @@ that is: on the last stage, which is rank 0.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of
+from lightning_cpipe.strategy.lightning_private import callbacks_of, hide_advice_to_sync, instead_of
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.step_names import STEPS
 
@@ -35,9 +34,8 @@ def arrange_hooks(
     Returns:
         Functions that undo it.
     """
-    # Lightning advises it for metrics that are the same on all ranks here.
-    warnings.filterwarnings("ignore", r"It is recommended to use `self\.log\(.*sync_dist=True")
-    undo = _keep_metrics_apart(trainer, module)
+    # Metrics are the same on all ranks here.
+    undo = [hide_advice_to_sync(), *_keep_metrics_apart(trainer, module)]
     here_alone = _of_last_stage(trainer, module, cut)
     if sharing.leads:
         undo += [instead_of(owner, hook, _unheard(getattr(owner, hook), sharing)) for owner, hook in here_alone]

@@ -34,6 +34,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
+from lightning.pytorch.trainer.connectors.logger_connector import result
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
@@ -60,6 +61,7 @@ __all__ = [
     "default_backend_for",
     "evaluation_arguments",
     "has_transfer_hooks",
+    "hide_advice_to_sync",
     "init_dist_connection",
     "instead_of",
     "known_metrics",
@@ -334,6 +336,13 @@ def with_column(
     if isinstance(callback, RichModelSummary):
         undo.append(instead_of(callback, "summarize", summarize))
     return undo
+
+
+def hide_advice_to_sync() -> Callable[[], None]:
+    """No advice to log with `sync_dist=True`, until the returned function is called."""
+    # What it looks at, and nothing else there does. A filter of warnings would not spare it for a later run: Lightning
+    # gives each advice once.
+    return instead_of(result, "_distributed_is_initialized", lambda: False)
 
 
 def instead_of(owner: Any, name: str, function: Callable[..., Any] | None) -> Callable[[], None]:

@@ -97,6 +97,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
         "self",
     ),
     "lightning.pytorch.strategies.DDPStrategy()._layer_sync": None,
+    "lightning.pytorch.trainer.connectors.logger_connector.result._distributed_is_initialized": (),
     "lightning.pytorch.utilities.exceptions._TunerExitException": None,
     "module._apply_batch_transfer_handler": ("batch", "device", "dataloader_idx"),
     "module._example_input_array": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,3 +74,26 @@ def test_a_second_fit_finds_the_groups_of_parameters_of_the_first() -> None:
 
     for first, second in run_ranks(on_rank, 2):
         assert first == second
+
+
+class LogsItsMean(Chain):
+    """Logs a value whose mean over ranks Lightning would advise."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("mean", loss, on_step=False, on_epoch=True)
+        return loss
+
+
+def test_lightning_advises_as_ever_after_a_pipeline() -> None:
+    def on_rank(rank: int) -> list[int]:
+        found = []
+        for strategy in (ContinuousPipeStrategy(), "ddp"):
+            trainer = quiet_trainer(strategy=strategy, devices=2, max_steps=1, max_epochs=1)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.fit(LogsItsMean(), noise_loader(samples=2))
+            found.append(sum("self.log('mean', ..., sync_dist=True)" in str(each.message) for each in caught))
+        return found
+
+    assert run_ranks(on_rank, 2) == [[0, 1], [0, 0]]
