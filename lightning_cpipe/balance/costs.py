@@ -91,12 +91,12 @@ class Costs:
 
     def _growing(self, begin: int) -> list[Held]:
         """What the blocks from `begin` on hold: one of them, two of them, …."""
-        trained: dict[str, int] = {}
-        frozen: dict[str, int] = {}
-        saved: dict[str, int] = {}
+        seen: tuple[dict[str, int], ...] = ({}, {}, {})
+        totals = [0, 0, 0]
         found = []
         for block in self.blocks[begin:]:
-            for total, own in ((trained, block.trained), (frozen, block.frozen), (saved, block.saved)):
-                total.update(own)
-            found.append(Held(*(sum(total.values()) for total in (trained, frozen, saved))))
+            for kind, own in enumerate((block.trained, block.frozen, block.saved)):
+                totals[kind] += sum(size - seen[kind].get(name, 0) for name, size in own.items())
+                seen[kind].update(own)
+            found.append(Held(*totals))
         return found

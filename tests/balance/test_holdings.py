@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -167,3 +169,19 @@ def test_nothing_is_left() -> None:
     holdings_of(net, BLOCKS)
     assert not any(each._forward_pre_hooks or each._forward_hooks for each in net.modules())
     assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_any_blocks_in_a_row_hold_what_they_hold_together() -> None:
+    generator = random.Random(0)
+
+    def some() -> dict[str, int]:
+        return {generator.choice("abcdefgh"): generator.randrange(100) for _ in range(generator.randrange(4))}
+
+    blocks = tuple(BlockCost(str(n), 1.0, trained=some(), frozen=some(), saved=some()) for n in range(12))
+    costs = Costs(blocks)
+    for begin, end in itertools.combinations(range(len(blocks) + 1), 2):
+        kinds: Any = ({}, {}, {})
+        for block in blocks[begin:end]:
+            for held, own in zip(kinds, (block.trained, block.frozen, block.saved)):
+                held |= own
+        assert costs.held(begin, end) == Held(*map(total, kinds))
