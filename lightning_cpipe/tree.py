@@ -113,6 +113,9 @@ class Structure:
 
 def flatten(tree: Any, closed: tuple[type, ...] = ()) -> tuple[list[Any], Structure]:
     """The leaves of a nested structure in order, and how to build it again; objects of `closed` classes are leaves."""
+    if type(tree) is Tensor:
+        # What most modules return, each in every step.
+        return [tree], _ONE_LEAF
     outer, spec = pytree.tree_flatten(tree, (lambda node: isinstance(node, closed)) if closed else None)
     leaves: list[Any] = []
     taken_apart = []
@@ -125,6 +128,9 @@ def flatten(tree: Any, closed: tuple[type, ...] = ()) -> tuple[list[Any], Struct
         else:
             leaves.append(leaf)
     return leaves, Structure(spec, tuple(taken_apart))
+
+
+_ONE_LEAF = Structure(pytree.tree_structure(0), ())
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cpipe.tree import (
     Template,
@@ -130,6 +130,15 @@ def test_any_nesting_survives(tree: Any) -> None:
     assert same(structure.build(leaves), tree)
     assert same(pickle.loads(pickle.dumps(structure)).build(iter(leaves)), tree)
     assert flatten(structure.build(leaves))[1] == structure
+
+
+def test_a_bare_tensor_is_a_leaf_as_any_other_and_shares_its_structure() -> None:
+    (leaf,), structure = flatten(X)
+    assert leaf is X
+    assert structure is flatten(Y)[1]
+    assert structure == pickle.loads(pickle.dumps(structure)) == flatten(nn.Parameter(X))[1] == flatten(3)[1]
+    assert structure != flatten([X])[1]
+    assert structure.build([Y]) is Y
 
 
 def test_structures_differ() -> None:
