@@ -331,7 +331,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 yield
         except Exception as error:
             failed = error
-        failures = [each for each in control.compare(failed and in_words(failed)) if each is not None]
+        failures = [each for each in control.compare(None if failed is None else in_words(failed)) if each]
         if not failures and len(set(control.compare(blueprint.fingerprint))) > 1:
             raise CutError(
                 "`configure_model` built another module, or drew other random numbers, on another rank. Let it follow"
