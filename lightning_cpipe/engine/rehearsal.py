@@ -99,7 +99,7 @@ class Rehearsal:
             outputs = [loss] if stage.is_last else each.sent
             pairs = [(out, g) for out, g in zip(outputs, coming) if g is not None and out.requires_grad]
             if pairs:
-                with stage.backward(seed):
+                with stage.drawing(seed):
                     torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
             coming = [gradient_of(leaf) if leaf.requires_grad else None for leaf in each.received]
             named = list(self.modules[stage.stage].named_parameters())

@@ -122,6 +122,8 @@ class TrainingStream:
         self.tells_figures: Callable[[int], bool] = lambda number: False
         """Whether the stages' figures are told with a mini-batch; all stages must tell them with the same ones."""
         self.books = Bookkeeper(timeline)
+        self.before_forward: Callable[[MiniBatch, Sequence[Tensor], TemplateTable], object] = lambda *_: None
+        """Is told what a forward is about to run with: the mini-batch, what was received, and the stubs' outputs."""
         self.hand_raised: Callable[[], bool] = lambda: False
         """Whether this stage wants training to stop."""
         self._hand_raised_before = False
@@ -299,6 +301,7 @@ class TrainingStream:
         for leaf, crossing in zip(work.received, self._passage.receives):
             leaf.requires_grad_(crossing.gradient)
         with self._timeline.measure(FORWARD, number):
+            self.before_forward(mini_batch, work.received, table or {})
             self.versions.use(number)
             made = self._module.forward(
                 STEP, lambda: self._run_step(mini_batch), mini_batch.seed, work.received, table, describe=new
@@ -334,7 +337,7 @@ class TrainingStream:
         with (
             self._timeline.measure(BACKWARD, number),
             self.versions.of(number),
-            self._module.backward(work.mini_batch.seed),
+            self._module.drawing(work.mini_batch.seed),
         ):
             if self._of_loss is not None:
                 self._of_loss()

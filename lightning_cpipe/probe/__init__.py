@@ -7,6 +7,7 @@ step        a step of the module, as the probe runs it
 recording   one watched run of it
 trial       one stage alone, with whatever is wanted in its stubs
 fills       what is wanted there
+look        the same question again, in a later step
 lent        weights for a module that has none yet
 uncut       the stages in a row, compared with the whole module
 homes       where each weight and buffer lives

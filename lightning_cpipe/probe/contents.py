@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.equality import VALUES, same_leaf, same_value
+from lightning_cpipe.torch_private import set_version_counters
 
 _HOLD_NOTHING = frozenset({*VALUES, bool})
 """Classes of which no object is looked into."""
@@ -108,6 +109,7 @@ class _KeptTensor:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._numbers = tensor.detach().clone()
+        self._version = None if tensor.is_inference() else tensor._version
         self.head: list[Any] = [self._numbers]
         self.inside: list[Any] = []
 
@@ -118,6 +120,9 @@ class _KeptTensor:
         elif not same_leaf(numbers, tensor):
             with torch.no_grad():
                 tensor.copy_(numbers)
+        if self._version is not None and tensor._version != self._version:
+            # A graph of before may need them for its backward, and they are what they were.
+            set_version_counters([tensor], [self._version])
 
 
 class _KeptArray:

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from lightning_cpipe.errors import CutError
+from lightning_cpipe.probe.fills import range_of
 from lightning_cpipe.probe.homes import Homes
 from lightning_cpipe.probe.step import RecordedStep, Step, find_draws
 from lightning_cpipe.probe.survey import Survey
@@ -182,10 +183,10 @@ class _Cutter:
                     self._require_right(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
                 received = {crossing.value for crossing in sends}
-                guarded = frozenset(v for v, t in trial.values.items() if t.requires_grad and v not in received)
-                self._passages.insert(
-                    0, Passage(stage, trial.passage.end, trial.passage.stubs, sends, trial.passage.sends, guarded)
-                )
+                other = {v: tensor for v, tensor in trial.values.items() if v not in received}
+                guarded = frozenset(v for v, tensor in other.items() if tensor.requires_grad)
+                ranges = {v: each for v, tensor in other.items() if (each := range_of(tensor)) is not None}
+                self._passages.insert(0, replace(trial.passage, receives=sends, guarded=guarded, ranges=ranges))
 
     def compare_all(self, with_gradients: bool) -> None:
         """Compare the stages with the uncut module."""
@@ -234,7 +235,10 @@ class _Cutter:
 
     @contextmanager
     def _opened(self, passage: Passage) -> Iterator[Trial]:
-        trial = Trial(self._root, self._recorded, passage, self._templates, self._device)
+        recording = self._recorded.recording
+        values = recording.values(passage.stubs)
+        step, rewritten = self._recorded.step, recording.rewritten
+        trial = Trial(self._root, step, passage, values, rewritten, self._templates, self._device)
         try:
             yield trial
         finally:
@@ -268,7 +272,7 @@ class _Cutter:
         return tuple(Crossing(v, v in gradient, self._rewritten(v)) for v in trial.values if v in needed)
 
     def _require_right(self, trial: Trial) -> None:
-        if not trial.is_right():
+        if not trial.is_right(self._recorded):
             last = trial.passage.end is None
             what = "the loss, a logged value or the output" if last else f"what stage {trial.passage.stage} sends"
             raise self._refusal(f"{what} of {self.name} differs from the uncut module's", trial.passage)
@@ -287,7 +291,7 @@ class _Cutter:
             stubs = {stub: calls for stub, calls in passage.stubs.items() if stub not in fewer}
             try:
                 with self._opened(replace(passage, stubs=stubs)) as trial:
-                    right = trial.is_right()
+                    right = trial.is_right(self._recorded)
             except Exception:
                 # Without what these stubs do, it does not even run: they are among the origins.
                 right = False

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchmetrics import Metric
 from lightning_cpipe.equality import close, same_bits, same_leaf
 from lightning_cpipe.probe.fills import FILLS, is_one_integer, random_like
 from lightning_cpipe.probe.gradients import gradients
-from lightning_cpipe.probe.step import Observed, RecordedStep
+from lightning_cpipe.probe.step import Observed, RecordedStep, Step
 from lightning_cpipe.probe.touched import TouchedParameters
 from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
@@ -63,10 +64,12 @@ class Trial:
     """One stage of one step.
 
     Args:
-        root: the whole module.
-        recorded: the whole module's run, whose numbers stand in the stubs unless others are given.
-        passage: the stage's stubs, its end and what it sends. What it receives is not known yet: here it gets
-            everything that its stubs return.
+        root: the whole module; the weights of other stages may be absent.
+        step: which.
+        passage: the stage's stubs, its end and what it sends. Here it gets everything that its stubs return, whatever
+            it receives.
+        values: what stands in the stubs unless other numbers are given.
+        rewritten: whether code after the module writes into a value.
         templates: the outputs of the stubs.
         device: where the module is.
     """
@@ -74,17 +77,18 @@ class Trial:
     def __init__(
         self,
         root: nn.Module,
-        recorded: RecordedStep,
+        step: Step,
         passage: Passage,
+        values: Mapping[Value, Tensor],
+        rewritten: Callable[[Value], bool],
         templates: TemplateTable,
         device: torch.device,
     ) -> None:
         self._root = root
-        self._recorded = recorded
-        self._step = recorded.step
+        self._step = step
         self._templates = templates
-        self.values = recorded.recording.values(passage.stubs)
-        everything = tuple(Crossing(v, True, recorded.recording.rewritten(v)) for v in self.values)
+        self.values = values
+        everything = tuple(Crossing(v, True, rewritten(v)) for v in self.values)
         self.passage = Passage(passage.stage, passage.end, passage.stubs, everything, passage.sends)
         self._generator = torch.Generator().manual_seed(passage.stage)
         self._replay = Replay(root, {self._step.name: self.passage}, device)
@@ -125,8 +129,8 @@ class Trial:
             tuple(name for (name, _), yes in zip(weights, gets[len(differentiable) :]) if yes),
         )
 
-    def is_right(self) -> bool:
-        """Whether the stage, given the recorded numbers, makes what the whole module made.
+    def is_right(self, recorded: RecordedStep) -> bool:
+        """Whether the stage, given the recorded numbers, makes what the whole module made in its recorded run.
 
         The whole module runs before with other weights: what it leaves where no snapshot reaches, such as a global
         variable or a class, holds other numbers then than in the recorded run, and on a rank of its own would be
@@ -138,18 +142,23 @@ class Trial:
         with untouched(self._root):
             made = self._replayed(self.values)
             if isinstance(made, Observed):
-                return self._recorded.alike(made.facts, self._recorded.observed.facts)
-            recorded = self._recorded.recording.values({sent.value.module: None for sent in self.passage.sends})
-            return close(made, [recorded[sent.value] for sent in self.passage.sends])
+                return recorded.alike(made.facts, recorded.observed.facts)
+            whole = recorded.recording.values({sent.value.module: None for sent in self.passage.sends})
+            return close(made, [whole[sent.value] for sent in self.passage.sends])
 
     def depends_on_weights(self, names: Iterable[str]) -> bool:
         """Whether the results change when random numbers stand in these parameters."""
-        return self._differs(self._baseline(), {}, names)
+        return self._differs(_Baseline(partial(self._outcome, {})), {}, names)
 
     def depending_on(self, candidates: Sequence[Value]) -> list[Value]:
         """Those of `candidates` that the results depend on in any way, and those of which that can't be told."""
         untold = [v for v in candidates if is_one_integer(self.values[v])]
-        return untold + self._culprits([v for v in candidates if v not in untold], self._baseline())
+        fills = [partial(self._filled, fill) for fill in FILLS]
+        return untold + self.culprits([v for v in candidates if v not in untold], fills)
+
+    def culprits(self, values: list[Value], fills: Sequence[Callable[[Value], Tensor]]) -> list[Value]:
+        """Those of `values` in whose place the numbers of any of `fills` make a difference to the results."""
+        return self._culprits(values, fills, _Baseline(partial(self._outcome, {}))) if values else []
 
     def _replayed(self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None) -> Any:
         """One replay: what it returned or sent."""
@@ -171,8 +180,8 @@ class Trial:
         made = result.facts if isinstance(result, Observed) else [tensor.detach().clone() for tensor in result]
         return [*made, *(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in written)]
 
-    def _baseline(self) -> _Baseline:
-        return _Baseline(self._outcome({}), self._outcome({}))
+    def _filled(self, fill: Callable[[Tensor, torch.Generator], Tensor], value: Value) -> Tensor:
+        return fill(self.values[value], self._generator)
 
     def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
         try:
@@ -181,41 +190,47 @@ class Trial:
             # The step objects to the numbers, or goes another way because of them: it looks at them.
             return True
 
-    def _culprits(self, values: list[Value], baseline: _Baseline) -> list[Value]:
-        if not values or not self._matter(values, baseline):
+    def _culprits(
+        self, values: list[Value], fills: Sequence[Callable[[Value], Tensor]], baseline: _Baseline
+    ) -> list[Value]:
+        if not any(self._differs(baseline, {v: fill(v) for v in values}) for fill in fills):
             return []
         if len(values) == 1:
             return values
         half = len(values) // 2
-        return self._culprits(values[:half], baseline) + self._culprits(values[half:], baseline) or values
-
-    def _matter(self, values: list[Value], baseline: _Baseline) -> bool:
-        return any(
-            self._differs(baseline, {v: fill(self.values[v], self._generator) for v in values}) for fill in FILLS
-        )
+        first, second = (self._culprits(each, fills, baseline) for each in (values[:half], values[half:]))
+        return first + second or values
 
 
 class _Baseline:
-    """The outcome with the recorded numbers; compared to the bit where the hardware repeats itself to the bit.
+    """The outcome without other numbers; compared to the bit where the hardware repeats itself to the bit.
 
     Where it does, a plain number that another run makes differently was read off a clock, and says nothing.
 
     Args:
-        first: an outcome.
-        again: another one, with the same numbers.
+        run: makes an outcome; again, with the same numbers, if something differs from the first.
     """
 
-    def __init__(self, first: list[Any], again: list[Any]) -> None:
-        self._outcome = first
-        differing = {i for i, (a, b) in enumerate(zip(first, again)) if not same_leaf(a, b)}
-        self._exact = len(first) == len(again) and not any(isinstance(first[i], Tensor) for i in differing)
-        self._times = differing if self._exact else set()
+    def __init__(self, run: Callable[[], list[Any]]) -> None:
+        self._run = run
+        self._outcome = run()
 
     def equals(self, other: list[Any]) -> bool:
         """Whether the numbers that were other ones this time made no difference."""
-        same = same_leaf if self._exact else lambda a, b: close([a], [b])
+        if same_bits(self._outcome, other):
+            return True
+        exact, times = self._repeats
+        same = same_leaf if exact else lambda a, b: close([a], [b])
         pairs = enumerate(zip(self._outcome, other))
-        return len(self._outcome) == len(other) and all(i in self._times or same(a, b) for i, (a, b) in pairs)
+        return len(self._outcome) == len(other) and all(i in times or same(a, b) for i, (a, b) in pairs)
+
+    @cached_property
+    def _repeats(self) -> tuple[bool, set[int]]:
+        """Whether tensors are the same bits in each run, and the places of what is no tensor and is not the same."""
+        first, again = self._outcome, self._run()
+        differing = {i for i, (a, b) in enumerate(zip(first, again)) if not same_leaf(a, b)}
+        exact = len(first) == len(again) and not any(isinstance(first[i], Tensor) for i in differing)
+        return exact, differing if exact else set()
 
 
 @contextmanager

@@ -57,6 +57,8 @@ class Passage:
         sends: what goes to the stage after, in the order of the message.
         guarded: what stubs return with a gradient in the uncut module and this stage does not receive, since nothing
             depended on it in the first batch. If a later step gives it a gradient, that is an error.
+        ranges: the least and the greatest number, in the first batch, of the integers that stubs return and this
+            stage does not receive.
     """
 
     stage: int
@@ -65,6 +67,7 @@ class Passage:
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
     guarded: frozenset[Value] = frozenset()
+    ranges: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

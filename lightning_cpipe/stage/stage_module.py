@@ -62,8 +62,8 @@ class StageModule:
             return self._replay.run(name, step, received, table, describe=describe)
 
     @contextmanager
-    def backward(self, seed: int) -> Iterator[None]:
-        """A backward runs inside; forwards that activation checkpointing repeats draw what they drew."""
+    def drawing(self, seed: int) -> Iterator[None]:
+        """Inside, modules draw what they drew in the forward: where activation checkpointing repeats it, say."""
         with self._isolation.of(seed):
             yield
 

@@ -210,16 +210,20 @@ def observe(module: pl.LightningModule, name: str, arguments: tuple[Any, ...]) -
     Raises:
         CutError: if training's step gives no loss.
     """
-    trains = name == "training_step"
-    logged: dict[str, Any] = {}
-    with _unheard(module, logged), getattr(module.trainer.precision_plugin, STEPS[name].context)():
-        if not trains:
-            module.eval()
-        # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
-        returned = getattr(module, name)(*copy.deepcopy(arguments))
-    if not trains:
+    returned, logged = run_unheard(module, name, arguments)
+    if name != "training_step":
         return Observed(None, returned, logged)
     return Observed(_loss_of(returned), _without_loss(returned), logged)
+
+
+def run_unheard(module: pl.LightningModule, name: str, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+    """What a step returns and logs; the trainer and its loggers hear nothing."""
+    logged: dict[str, Any] = {}
+    with _unheard(module, logged), getattr(module.trainer.precision_plugin, STEPS[name].context)():
+        if name != "training_step":
+            module.eval()
+        # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
+        return getattr(module, name)(*copy.deepcopy(arguments)), logged
 
 
 def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:

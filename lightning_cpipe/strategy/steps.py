@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.training import TrainingStream
@@ -23,8 +24,10 @@ from lightning_cpipe.strategy.lightning_private import (
     training_arguments,
     updates_after_this_batch,
 )
+from lightning_cpipe.strategy.looks import Looks, is_due
 from lightning_cpipe.strategy.loops import at_its_own_time, fetcher_of
 from lightning_cpipe.strategy.stage_run import StageRun
+from lightning_cpipe.tree import TemplateTable
 
 
 class Steps:
@@ -49,6 +52,7 @@ class Steps:
         self._evaluations = 0
         self._mark = (-1, 0)
         self._trainable: dict[str, bool] = {}
+        self._looks = Looks(self._lightning_module, run.module, device)
         self.running = False
         """Whether the user's `training_step` is running."""
 
@@ -62,7 +66,10 @@ class Steps:
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
-        return self._run.train(schedule, Versions(own), fetcher_of(self._trainer), self._run_training_step)
+        training = self._run.train(schedule, Versions(own), fetcher_of(self._trainer), self._run_training_step)
+        if self._several:
+            training.before_forward = self._look
+        return training
 
     def require_same_trainable(self) -> None:
         """The weights that get a gradient must be those for which the module was cut.
@@ -150,14 +157,25 @@ class Steps:
         """Call the user's step on a mini-batch that may be ahead of the loop."""
         assert isinstance(mini_batch, Drawn)
         with at_its_own_time(self._trainer, mini_batch):
-            batch = self._prepared(mini_batch)
-            arguments = (batch, mini_batch.index) if self._takes_batch_idx else (batch,)
+            arguments = self._arguments(mini_batch)
             self.running = True
             try:
                 with self._precision.train_step_context():
                     return self._lightning_module.training_step(*arguments)
             finally:
                 self.running = False
+
+    def _look(self, mini_batch: MiniBatch, received: Sequence[Tensor], table: TemplateTable) -> None:
+        """See whether the user's step still uses no more than what crosses the cut."""
+        if not is_due(mini_batch.number):
+            return
+        assert isinstance(mini_batch, Drawn)
+        with at_its_own_time(self._trainer, mini_batch):
+            self._looks.look(mini_batch, self._arguments(mini_batch), received, table)
+
+    def _arguments(self, drawn: Drawn) -> tuple[Any, ...]:
+        batch = self._prepared(drawn)
+        return (batch, drawn.index) if self._takes_batch_idx else (batch,)
 
     def _prepared(self, drawn: Drawn) -> Any:
         """The mini-batch as the step gets it; prepared once."""

@@ -107,7 +107,7 @@ class Whole:
                 made = observed(self._run(self.module, batch), True)
         else:
             made = self._stage.forward(STEP, lambda: observed(self._run(self.module, batch), True), seed).returned
-        with nullcontext() if self._stage is None else self._stage.backward(seed):
+        with nullcontext() if self._stage is None else self._stage.drawing(seed):
             made.loss.backward()
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         for parameter in self.module.parameters():

@@ -48,7 +48,13 @@ def last_stage(make: Callable[[Tensor], Any], use: Callable[[Any, Tensor], Any])
     recorded = RecordedStep(root, step_of(root, (torch.randn(6, 4),)), ["first", "second"], Draws())
     calls = recorded.recording.calls
     table: TemplateTable = {(call.module, call.number): call.template for call in calls if call.template is not None}
-    return Trial(root, recorded, Passage(1, None, {"first": None}), table, CPU)
+    return trial_of(root, recorded, table)
+
+
+def trial_of(root: nn.Module, recorded: RecordedStep, table: TemplateTable) -> Trial:
+    passage, recording = Passage(1, None, {"first": None}), recorded.recording
+    values = recording.values(passage.stubs)
+    return Trial(root, recorded.step, passage, values, recording.rewritten, table, CPU)
 
 
 def same(value: Any) -> Any:
@@ -125,7 +131,7 @@ def test_weights_that_are_touched_are_told() -> None:
     root.use = lambda value, x: 1 + 0 * root.first.weight.detach()
     recorded = RecordedStep(root, step_of(root, (torch.randn(6, 4),)), ["first", "second"], Draws())
     table = {(call.module, call.number): call.template for call in recorded.recording.calls}
-    trial = Trial(root, recorded, Passage(1, None, {"first": None}), table, CPU)
+    trial = trial_of(root, recorded, table)
     assert trial.traces().parameters == {id(parameter) for parameter in root.parameters()}
     before = root.first.weight.detach().clone()
     assert not trial.depends_on_weights(["first.weight"])

@@ -103,6 +103,17 @@ def test_the_objects_of_before_are_put_back(change: str) -> None:
     assert all(module.inner._buffers[key] is value for key, value in buffers.items())
 
 
+def test_a_graph_of_before_may_have_saved_what_is_put_back() -> None:
+    module = Module()
+    weight = torch.ones(3, requires_grad=True)
+    product = weight * module.inner.running_var * module.tensor
+    with untouched(module):
+        module.inner.running_var.mul_(2)
+        module.tensor.add_(1)
+    product.sum().backward()
+    assert weight.grad.tolist() == [0, 0, 0]
+
+
 def test_what_an_attribute_was_bound_to_meanwhile_is_not_written() -> None:
     """It may be the batch."""
     module, batch, items = Module(), torch.ones(3), [7]
