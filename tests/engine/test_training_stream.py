@@ -55,7 +55,7 @@ class Half:
         templates = {("half", 0): Template.of(y)} if describe else {}
         return Replayed(y.sum(), [], templates) if self.stage == 1 else Replayed(None, [y], templates)
 
-    def backward(self, seed: int) -> Any:
+    def drawing(self, seed: int) -> Any:
         return nullcontext()
 
 

@@ -29,7 +29,7 @@ def argmax(first: Tensor) -> Tensor:
 
 
 class BeginsLater(Chain):
-    """From its fourth step on, a value of the first block counts after the third, without a gradient."""
+    """From its fourth step on, a value of the first block counts after the second, without a gradient."""
 
     def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -38,10 +38,10 @@ class BeginsLater(Chain):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         first = self.net[0](x)
-        h = self.net[2](self.net[1](first))
+        h = self.net[1](first)
         if batch_idx >= 3:
             h = h + self.use(first)
-        return F.mse_loss(self.net[3](h), y)
+        return F.mse_loss(self.net[3](self.net[2](h)), y)
 
 
 @pytest.mark.parametrize(

@@ -274,20 +274,20 @@ def test_a_loader_that_differs_between_ranks_is_refused_before_the_first_step() 
 
 
 class BeginsLater(Chain):
-    """From its third step on, the first block's output counts once more."""
+    """From its fourth step on, the first block's output counts once more."""
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
         x, y = batch
         first = self.net[0](x)
         out = self.net[3](self.net[2](self.net[1](first)))
-        if batch_idx >= 2:
+        if batch_idx >= 3:
             out = out + first
         return torch.nn.functional.mse_loss(out, y)
 
 
 def test_what_counts_only_in_a_later_step_is_refused_there() -> None:
     """It trained on with zeros in place of what was not sent, and nobody was told."""
-    said = cause(2, BeginsLater(), where="at mini-batch 2", split_points=["net.2"])
+    said = cause(2, BeginsLater(), where="at mini-batch 3", split_points=["net.2"])
     for part in ("CutError", "the output of 'net.0' gets a gradient on a later stage", "multiplied by a weight"):
         assert part in said
 
