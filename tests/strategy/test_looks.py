@@ -20,7 +20,6 @@ from tests.helpers.comparing import require_equal_to_reference
 from tests.helpers.fits import Notes, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, Codebook, make_optimizer, noise_loader
 
-
 EVEN = partial(noise_loader, samples=21)
 
 
