@@ -186,6 +186,9 @@ class Trial:
     def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
         try:
             return not baseline.equals(self._outcome(fills, shaken))
+        except torch.OutOfMemoryError:
+            # That says something of the machine, not of the step.
+            raise
         except Exception:
             # The step objects to the numbers, or goes another way because of them: it looks at them.
             return True

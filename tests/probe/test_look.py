@@ -137,3 +137,14 @@ def test_nothing_is_changed_by_a_look() -> None:
     assert root.seen == []
     assert {name for name, _ in root.named_buffers()} == buffers.keys()
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in root.named_buffers())
+
+
+def test_memory_that_runs_out_is_no_use() -> None:
+    """A look takes more of it than the forward that follows."""
+
+    def use(value: Tensor, h: Tensor) -> int:
+        if value.abs().max() > 0:
+            raise torch.OutOfMemoryError("no room for other numbers")
+        return 1
+
+    assert found(LaterUse(same, use)) == []
