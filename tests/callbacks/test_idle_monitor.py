@@ -55,7 +55,7 @@ def fit(p: int, every: int | None = 1, **options: Any) -> list[Seen]:
     return fit_in_pipeline(p, **settings) if p else [fit_alone(**settings)]
 
 
-@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.full), 3])
 def test_every_stage_is_told_of_at_every_step_on_rank_0(p: int) -> None:
     first, *others = fit(p, val=partial(noise_loader, samples=6), val_check_interval=3)
     rows, _, _ = first.found
@@ -80,7 +80,7 @@ def test_every_stage_is_told_of_at_every_step_on_rank_0(p: int) -> None:
             assert sum(map(figures.seconds, (*KINDS, OTHER))) == pytest.approx(figures.elapsed_ns / 1e9)
 
 
-@pytest.mark.parametrize(("p", "extra"), [(1, 0), (2, 0), (4, 0), (3, 1)])
+@pytest.mark.parametrize(("p", "extra"), [(1, 0), pytest.param(2, 0, marks=pytest.mark.full), (4, 0), (3, 1)])
 def test_the_delay_is_measured_and_it_is_the_promised_one(p: int, extra: int) -> None:
     rows = fit(p, strategy={"extra_in_flight": extra})[0].found[0]
     for stage in range(p):
@@ -92,7 +92,7 @@ def test_the_delay_is_measured_and_it_is_the_promised_one(p: int, extra: int) ->
         assert {row[f"stage{stage}/delay_promised_updates"] for _, row in rows} == {lag}
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_with_accumulation_the_delay_keeps_below_the_promised_one(accumulate: int) -> None:
     rows = fit(3, accumulate_grad_batches=accumulate)[0].found[0]
     for stage in range(3):

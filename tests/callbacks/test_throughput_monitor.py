@@ -57,7 +57,7 @@ def fit(p: int, module: Any = Chain, **options: Any) -> list[Seen]:
     return fit_in_pipeline(p, **settings) if p else [fit_alone(**settings)]
 
 
-@pytest.mark.parametrize("p", [0, 1, 2, 3])
+@pytest.mark.parametrize("p", [0, 1, pytest.param(2, marks=pytest.mark.full), 3])
 def test_a_pipeline_counts_each_sample_once(p: int) -> None:
     first, *others = fit(p)
     rates = {"throughput/batches_per_s": 1.0, "throughput/samples_per_s": float(BATCH)}

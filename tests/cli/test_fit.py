@@ -107,7 +107,7 @@ def test_the_configuration_is_saved_beside_the_logs_and_loads_again(digits: tupl
     assert yaml.safe_load(again.out)["trainer"] == config["trainer"]
 
 
-@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["validate", pytest.param("test", marks=pytest.mark.full), "predict"])
 def test_a_checkpoint_is_evaluated_in_a_pipeline(digits: tuple[Path, list[Finished]], command: str) -> None:
     folder, ranks = digits
     path = folder / lines_of(ranks[0].out)["checkpoint"]
@@ -140,7 +140,9 @@ def test_another_recipe_trains_with_pieces_laid_over_it() -> None:
 
 
 def test_the_recipe_of_a_foreign_model_trains_in_a_pipeline() -> None:
-    first, *others = cpipe("fit", "--config", HF_CAUSAL_LM, *TINY_LLAMA, "--trainer.devices=2", TELL, ranks=2)
+    csv = str(ROOT / "configs" / "logger" / "csv.yaml")
+    words = ("--config", HF_CAUSAL_LM, "--config", csv, *TINY_LLAMA, "--trainer.devices=2", TELL)
+    first, *others = cpipe("fit", *words, ranks=2)
     for rank in (first, *others):
         assert (rank.status, rank.error) == (0, "")
         assert "ContinuousPipeStrategy runs HFCausalLM on 2" in rank.out
@@ -278,6 +280,7 @@ def test_a_command_starts_its_ranks_itself(command: list[str]) -> None:
     assert found.out.count("\nlogs ") == 1, "one rank says so"
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_after_the_import_a_trainer_knows_the_strategy_by_its_names() -> None:
     script = """

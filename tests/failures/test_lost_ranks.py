@@ -26,13 +26,11 @@ EVERY = [
     (launcher, p, rank, kind) for launcher, p, kind in itertools.product(LAUNCHERS, (2, 3), TOLD) for rank in range(p)
 ]
 PAIRWISE = [
-    ("popen", 2, 0, "kill"),
     ("popen", 2, 1, "raise"),
     ("spawn", 2, 1, "kill"),
     ("torchrun", 2, 0, "raise"),
     ("fork", 3, 0, "raise"),
     ("fork", 3, 1, "kill"),
-    ("fork", 3, 2, "raise"),
 ]
 
 

@@ -9,6 +9,11 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
+# Imported when they are first needed: forked ranks would each do so.
+import matplotlib.pyplot as _plots  # noqa: F401
+import sklearn.datasets as _datasets  # noqa: F401
+import wandb as _wandb  # noqa: F401
+
 from lightning_cpipe.cli import lightning as _  # noqa: F401
 from lightning_cpipe.cli.main import main
 from tests.helpers.ranks import run_ranks

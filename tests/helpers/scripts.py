@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ in ("__main__", "__mp_main__"):
-    # With these two torchmetrics draws and hears; importing them takes as long as all the rest.
-    hidden = ("matplotlib", "scipy")
+    # With these torchmetrics draws, hears and reads; importing them takes as long as all the rest.
+    hidden = ("matplotlib", "scipy", "transformers")
     sys.modules.update(dict.fromkeys(hidden))
     version = importlib.metadata.version
     importlib.metadata.version = lambda name: version("none" if name in hidden else name)

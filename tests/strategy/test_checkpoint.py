@@ -221,7 +221,7 @@ def test_one_stage_saves_the_numbers_of_plain_lightning(runs: Any) -> None:
 
 
 @pytest.mark.parametrize("step", [EVERY, MIDDLE, EPOCH_END - 1])
-@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize("p", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_a_file_is_the_cut_at_which_a_run_of_as_many_steps_ends(runs: Any, tmp_path: Path, p: int, step: int) -> None:
     """Weights, optimizer and scheduler, to the bit. So `save_checkpoint` after a fit is right, too."""
     folder, _ = runs(p)
@@ -370,8 +370,17 @@ def require_trained_to_the_end(seen: State, begun: int) -> None:
     assert [(epoch, index) for epoch, index, _ in seen["batches"]] == places
 
 
-@pytest.mark.parametrize("step", [MIDDLE, EPOCH_END], ids=["mid-epoch", "epoch end"])
-@pytest.mark.parametrize("source", [None, 1, 2, 3], ids=["from plain Lightning", "from 1", "from 2", "from 3"])
+AT_BY_DEFAULT = {None: EPOCH_END, 3: MIDDLE}
+"""Steps of the files that two stages resume from by default, by the number of stages that saved them."""
+
+
+@pytest.mark.parametrize(
+    ("source", "step"),
+    [
+        pytest.param(*case, marks=() if AT_BY_DEFAULT.get(case[0]) == case[1] else pytest.mark.full)
+        for case in itertools.product([None, 1, 2, 3], [MIDDLE, EPOCH_END])
+    ],
+)
 def test_two_stages_resume_from_any_file(runs: Any, source: int | None, step: int) -> None:
     path = path_at(runs(source)[0], step)
     ranks = fit(2, ckpt_path=path)
@@ -385,8 +394,14 @@ def path_at(folder: Path, step: int) -> Path:
     return folder / (f"{step}.ckpt" if step % PER_EPOCH else f"ended-{step}.ckpt")
 
 
-@pytest.mark.parametrize("step", [MIDDLE, EPOCH_END], ids=["mid-epoch", "epoch end"])
-@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize(
+    ("p", "step"),
+    [
+        (2, EPOCH_END),
+        (3, MIDDLE),
+        *(pytest.param(*each, marks=pytest.mark.full) for each in ((2, MIDDLE), (3, EPOCH_END))),
+    ],
+)
 def test_what_follows_a_resume_is_what_the_contract_says(runs: Any, p: int, step: int) -> None:
     """The pipeline is filled anew with the weights of the file: delayed gradients from there on, to the bit."""
     path = path_at(runs(3)[0], step)
@@ -433,10 +448,14 @@ class Resumed:
 
 # Each kind of moment at which Lightning saves: in an epoch, after a validation in it, at its last step, after the
 # validation at its end, and at its end.
-MOMENTS = pytest.mark.parametrize("name", ["9", "validated-12", "24", "validated-16", "ended-16"])
+MOMENTS = ["9", "validated-12", "24", "validated-16", "ended-16"]
+
+in_an_epoch_and_at_its_end = pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=() if each in ("9", "validated-16") else pytest.mark.full) for each in MOMENTS]
+)
 
 
-@MOMENTS
+@in_an_epoch_and_at_its_end
 def test_one_stage_resumes_as_plain_lightning_does(runs: Any, name: str) -> None:
     path = runs(None)[0] / f"{name}.ckpt"
     (ours,), (plain,) = (fit(p, ckpt_path=path, max_epochs=EPOCHS + 1) for p in (1, None))
@@ -445,7 +464,7 @@ def test_one_stage_resumes_as_plain_lightning_does(runs: Any, name: str) -> None
     require_same_bits(ours["weights"], plain["weights"])
 
 
-@MOMENTS
+@pytest.mark.parametrize("name", MOMENTS)
 def test_two_stages_go_on_where_plain_lightning_does(runs: Any, name: str) -> None:
     path = runs(2)[0] / f"{name}.ckpt"
     (plain,) = fit(None, ckpt_path=path, max_epochs=EPOCHS + 1)
@@ -465,7 +484,7 @@ def stop_on_rank_0(at: int) -> Callable[[], list[pl.Callback]]:
     return lambda: [LambdaCallback(on_train_batch_end=stop)]
 
 
-@MOMENTS
+@in_an_epoch_and_at_its_end
 def test_after_a_resume_every_rank_hears_the_word_of_its_own_step(runs: Any, name: str) -> None:
     """Lightning comes by the end of a step without a step when it resumes at a validation's end.
 

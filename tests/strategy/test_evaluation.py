@@ -65,7 +65,11 @@ def require_equal(ours: Any, plain: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "limits"), [(1, "whole"), (3, "whole"), *((2, limits) for limits in EVALUATIONS if limits != "whole")]
+    ("p", "limits"),
+    [
+        *((1, "whole"), (3, "whole"), (2, "numbers of batches"), (2, "no inference mode")),
+        pytest.param(2, "shares", marks=pytest.mark.full),
+    ],
 )
 def test_the_numbers_are_plain_lightnings_before_and_after_a_fit(p: int, limits: str) -> None:
     scenario = partial(around_a_fit, limits=limits)

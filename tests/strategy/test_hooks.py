@@ -68,7 +68,7 @@ def of_other_ranks(notes: list[str]) -> list[str]:
     return [note for note in notes if note.split(".")[1] not in OF_RANK_0]
 
 
-@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("p", [1, pytest.param(2, marks=pytest.mark.full), 3])
 def test_hooks_run_in_lightnings_order_on_every_rank(p: int) -> None:
     plain = alone(scenario)
     assert {"callback.on_before_optimizer_step", "module.on_validation_model_train"} <= set(plain[0])
@@ -140,7 +140,7 @@ class CollectsItsLosses(Chain):
         self.outputs.clear()
 
 
-@pytest.mark.parametrize("p", [2, 3])
+@pytest.mark.parametrize("p", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_what_a_step_collects_is_there_at_the_end_of_the_epoch(p: int) -> None:
     """Other stages once failed there, with an empty list."""
     seen = fit_in_pipeline(p, CollectsItsLosses, noise_loader, max_epochs=1)
@@ -197,7 +197,7 @@ class AgreesAlone(CollectsOutputs):
             self.ask(self.trainer)
 
 
-@pytest.mark.parametrize("in_sanity_check", [True, False])
+@pytest.mark.parametrize("in_sanity_check", [pytest.param(True, marks=pytest.mark.full), False])
 @pytest.mark.parametrize(
     "ask",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 
@@ -25,8 +26,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_import_registers_the_names(name: str) -> None:
-    assert lightning_cpipe.__version__
+def test_the_import_registers_the_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(StrategyRegistry, name)
+    importlib.reload(lightning_cpipe)
     assert name in StrategyRegistry.available_strategies()
     strategy = pl.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy
     assert isinstance(strategy, ContinuousPipeStrategy)
@@ -69,7 +71,9 @@ def environment_as_before() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("environment_as_before")
-@pytest.mark.parametrize("name", ["continuous_pipe_fork", "continuous_pipe_notebook"])
+@pytest.mark.parametrize(
+    "name", ["continuous_pipe_fork", pytest.param("continuous_pipe_notebook", marks=pytest.mark.full)]
+)
 def test_forked_ranks_bring_the_module_back(name: str) -> None:
     trainer, module = fit(name)
     require_what_a_pipeline_gives(trainer, module)

@@ -40,6 +40,9 @@ LIMITS: dict[str, dict[str, Any]] = {
     "overfit a share": {"overfit_batches": 0.3, "max_epochs": 2},
 }
 
+REPEATS = {"max_steps first", "max_epochs first", "min_epochs", "limit shares", "fast_dev_run of 3", "overfit a share"}
+"""What they limit is limited by another one, too."""
+
 IN_VAIN = {"max_time", "min_steps", "min_epochs"}
 """Nobody knows before where these end."""
 
@@ -74,7 +77,9 @@ def counted(trainer: pl.Trainer, _: pl.LightningModule) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in REPEATS else ()) for name in LIMITS]
+)
 def test_a_limit_ends_training_where_plain_lightning_ends_it(name: str) -> None:
     limits = dict(LIMITS[name])
     also = limits.pop("also", None)

@@ -74,7 +74,13 @@ def batches(seen: Seen) -> list[float]:
     return [float(x.sum()) for x, _ in seen.batches]
 
 
-@pytest.mark.parametrize("name", LOADERS)
+REPEATS = {"iterable with a length", "a list"}
+"""Their batches come as those of another one."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in REPEATS else ()) for name in LOADERS]
+)
 def test_every_rank_sees_the_batches_of_plain_lightning(name: str) -> None:
     options = {"module": Chain, "train": LOADERS[name], "val": LOADERS[name], "max_epochs": 3}
     plain = batches(fit_alone(**options))
@@ -186,7 +192,7 @@ def calls(trainer: pl.Trainer, _: pl.LightningModule) -> list[str]:
     return trainer.datamodule.calls
 
 
-@pytest.mark.parametrize("reload", [0, 1, 2])
+@pytest.mark.parametrize("reload", [0, pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_data_module_makes_the_loaders(reload: int) -> None:
     options = {
         "module": Chain, "train": Data, "max_epochs": 4, "reload_dataloaders_every_n_epochs": reload, "look": calls
@@ -209,7 +215,9 @@ class DataOfEpoch(pl.LightningDataModule):
         return DataLoader(list(zip(x, x, strict=True)), 3)
 
 
-@pytest.mark.parametrize(("every", "made_in"), [(2, [3, 3, 5, 5, 7]), (4, [3, 3, 3, 3, 7])])
+@pytest.mark.parametrize(
+    ("every", "made_in"), [(2, [3, 3, 5, 5, 7]), pytest.param(4, [3, 3, 3, 3, 7], marks=pytest.mark.full)]
+)
 def test_after_a_resume_loaders_are_made_anew_when_plain_lightning_makes_them(
     every: int, made_in: list[int], tmp_path: Path
 ) -> None:

@@ -28,6 +28,10 @@ KEEPS: dict[str, dict[str, Any]] = {
 }
 
 
+REPEATS = {"the best two", "the worst", "every 3 steps"}
+"""What they keep is kept in another way, too."""
+
+
 class Wave(Chain):
     """Logs what goes up and down at each step, whatever is learned."""
 
@@ -53,7 +57,9 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in REPEATS else ()) for name in KEEPS]
+)
 def test_the_files_are_plain_lightnings(name: str, tmp_path: Path) -> None:
     plain = alone(partial(fit, name, "plain"))
     assert files(tmp_path / "plain")

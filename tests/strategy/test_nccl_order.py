@@ -102,14 +102,10 @@ OTHERS = [Case(p, CHANGING, extra) for p, extra in ((2, 0), (3, 0), (3, 1), (4, 
 
 
 def each_of(cases: list[Case]) -> pytest.MarkDecorator:
-    """Those with four stages run in the full suite, except one."""
-    kept = STEADY[-1]
+    """By default those with three stages, and those with a tie."""
     return pytest.mark.parametrize(
         "case",
-        [
-            pytest.param(case, marks=pytest.mark.full if case.p == 4 and case != kept else (), id=str(case))
-            for case in cases
-        ],
+        [pytest.param(case, marks=() if case.p == 3 or case.tie else pytest.mark.full, id=str(case)) for case in cases],
     )
 
 

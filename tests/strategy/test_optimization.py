@@ -13,7 +13,9 @@ from tests.helpers.fits import fit_alone, fit_in_pipeline, require_plain_results
 from tests.helpers.modules import Chain, noise_loader
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "plain_sgd", "adam", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["sgd", *(pytest.param(each, marks=pytest.mark.full) for each in ("plain_sgd", "adam")), "adamw"]
+)
 def test_optimizers(optimizer: str) -> None:
     require_plain_results(3, partial(Chain, optimizer=optimizer), noise_loader)
 

@@ -23,15 +23,20 @@ def lengths_loader(*lengths: int) -> Any:
 
 @pytest.mark.parametrize(
     "lengths",
-    [(4, 4, 4, 1), (4, 2, 2, 2), (4, 2, 4, 2, 4), (1, 2, 3, 4, 5, 6), (5, 5, 5, 3, 5, 5)],
-    ids=["shorter-last", "shorter-from-the-second", "alternating", "all-different", "once-in-between"],
+    [
+        pytest.param((4, 4, 4, 1), id="shorter-last", marks=pytest.mark.full),
+        pytest.param((4, 2, 2, 2), id="shorter-from-the-second"),
+        pytest.param((4, 2, 4, 2, 4), id="alternating"),
+        pytest.param((1, 2, 3, 4, 5, 6), id="all-different"),
+        pytest.param((5, 5, 5, 3, 5, 5), id="once-in-between", marks=pytest.mark.full),
+    ],
 )
 def test_lengths_may_change(lengths: tuple[int, ...]) -> None:
     seen = require_plain_results(3, Chain, partial(lengths_loader, *lengths))
     assert [len(batch[0]) for batch in seen.batches] == list(lengths)
 
 
-@pytest.mark.parametrize("p", [2, 4])
+@pytest.mark.parametrize("p", [pytest.param(2, marks=pytest.mark.full), 4])
 def test_lengths_may_change_in_every_epoch_while_training_streams(p: int) -> None:
     lengths = (4, 2, 4, 1, 3)
     seen = fit_in_pipeline(p, Chain, partial(lengths_loader, *lengths), partial(lengths_loader, 2, 5, 2), max_epochs=3)
@@ -40,7 +45,7 @@ def test_lengths_may_change_in_every_epoch_while_training_streams(p: int) -> Non
         assert of_rank.losses == seen[0].losses
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_there_may_be_fewer_mini_batches_than_stages(batches: int) -> None:
     loader = partial(noise_loader, samples=3 * batches)
     require_plain_results(4, Chain, loader)

@@ -73,7 +73,13 @@ def ends(trainer: pl.Trainer, _: pl.LightningModule) -> tuple[int, int, bool, st
     return trainer.global_step, trainer.current_epoch, trainer.should_stop, str(trainer.state.status)
 
 
-@pytest.mark.parametrize("name", STOPS)
+REPEATS = {"at the end of a batch", "early, by epochs", "at a threshold"}
+"""Who asks, asks in a hook in which another one asks, too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in REPEATS else ()) for name in STOPS]
+)
 def test_every_rank_stops_where_plain_lightning_would(name: str) -> None:
     plain = fit_alone(**options_of(name))
     assert 0 < len(plain.losses) < 5 * PER_EPOCH

@@ -44,7 +44,13 @@ def moments(trainer: pl.Trainer, _: pl.LightningModule) -> list[Any]:
     return next(each for each in trainer.callbacks if isinstance(each, Moments)).moments
 
 
-@pytest.mark.parametrize("name", MOMENTS)
+REPEATS = {"the whole as a sanity check", "every third of an epoch"}
+"""Their moments are those of another number."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in REPEATS else ()) for name in MOMENTS]
+)
 def test_validations_come_when_plain_lightning_has_them(name: str) -> None:
     options = {
         "module": Chain,
