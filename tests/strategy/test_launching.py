@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -26,15 +27,16 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_import_registers_the_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(StrategyRegistry, name)
-    importlib.reload(lightning_cpipe)
-    assert name in StrategyRegistry.available_strategies()
+def test_the_import_registers_the_names(name: str) -> None:
+    with mock.patch.dict(StrategyRegistry):
+        StrategyRegistry.remove(name)
+        importlib.reload(lightning_cpipe)
+        assert name in StrategyRegistry.available_strategies()
+        lightning_cpipe.register()
     strategy = pl.Trainer(strategy=name, accelerator="cpu", devices=2, logger=False).strategy
     assert isinstance(strategy, ContinuousPipeStrategy)
     assert strategy.num_stages == 2
     assert strategy.launcher._start_method == NAMES[name] if NAMES[name] != "popen" else not strategy.launcher.procs
-    lightning_cpipe.register()
 
 
 def test_the_name_is_as_good_as_the_object() -> None:
