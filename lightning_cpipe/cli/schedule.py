@@ -1,14 +1,20 @@
-"""``cpipe schedule``: prints, draws and counts a schedule. Imports neither torch nor Lightning."""
+"""``cpipe schedule``: prints, draws, counts and compares schedules. Imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.schedules import SCHEDULES, named
+from lightning_cpipe.schedules import SCHEDULES, Continuous, Given, Schedule, named
 from lightning_cpipe.schedules.check import check
+from lightning_cpipe.schedules.comparison import Cost, as_markdown, as_text
+from lightning_cpipe.schedules.exchange import write_csv
 from lightning_cpipe.schedules.table import Table
+
+_BATCHES = {"mini-batch": 13, "micro-batch": 8}
+"""How many, where nobody says."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,25 +22,81 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         SystemExit: with status 2 if the arguments can't be understood.
+        PlanError: if the plan has faults; the message lists all of them.
     """
     parser = _parser()
     asked = parser.parse_args(arguments)
-    schedule = named(asked.schedule)
-    whole = schedule.unit == "mini-batch"
-    wrong, right = ("micro", "mini") if whole else ("mini", "micro")
-    if getattr(asked, f"{wrong}_batches") is not None:
-        parser.error(f"--schedule {asked.schedule} counts {schedule.unit}es: give --{right}-batches.")
-    batches = getattr(asked, f"{right}_batches")
-    if batches is None:
-        batches = 13 if whole else 8
-    for name, number in (("--stages", asked.stages), (f"--{right}-batches", batches), ("--slots", asked.slots)):
-        if number is not None and number < 1:
-            parser.error(f"{name} must be at least 1, not {number}.")
-    faults = check(schedule.plan(asked.stages, batches), schedule)
-    if faults:
+    for name in ("stages", "ranks", "mini_batches", "micro_batches", "slots"):
+        if (number := getattr(asked, name)) is not None and number < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {number}.")
+    print(_compared(parser, asked) if asked.compare else _drawn(parser, asked))
+
+
+def _drawn(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str:
+    """One schedule, in the format that is asked for."""
+    schedule, stages, batches = _sized(parser, asked)
+    plan = schedule.plan(stages, batches)
+    if faults := check(plan, schedule):
         raise PlanError("\n".join(map(str, faults)))
-    table = Table(schedule, asked.stages, batches, asked.slots)
-    print({"text": table.text, "markdown": table.markdown, "json": table.json, "svg": table.svg}[asked.format]())
+    if asked.format == "csv":
+        return write_csv(plan).rstrip("\n")
+    table = Table(schedule, stages, batches, asked.slots)
+    return {"text": table.text, "markdown": table.markdown, "json": table.json, "svg": table.svg}[asked.format]()
+
+
+def _sized(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> tuple[Schedule, int, int]:
+    """The schedule, its stages and its batches."""
+    schedule: Schedule = asked.schedule
+    if asked.early_input_gradient:
+        if not isinstance(schedule, Continuous):
+            parser.error(f"--early-input-gradient is for --schedule continuous, not {schedule.name}.")
+        schedule = replace(schedule, early_input_gradient=True)
+    if isinstance(schedule, Given):
+        if any(each is not None for each in (asked.stages, asked.ranks, asked.mini_batches, asked.micro_batches)):
+            parser.error("a plan in a file has its own size: leave out --stages, --ranks and the number of batches.")
+        return schedule, schedule.given.num_stages, schedule.num_batches
+    wrong, right = ("micro", "mini") if schedule.unit == "mini-batch" else ("mini", "micro")
+    if getattr(asked, f"{wrong}_batches") is not None:
+        parser.error(f"--schedule {schedule.name} counts {schedule.unit}es: give --{right}-batches.")
+    stages = asked.stages or (asked.ranks or 4) * schedule.stages_per_rank
+    if stages % (asked.ranks or schedule.stages_per_rank):
+        held = f"{asked.ranks} ranks" if asked.ranks else f"ranks of {schedule.stages_per_rank}"
+        parser.error(f"{stages} stages do not go into {held}: --stages must be a multiple.")
+    if asked.ranks:
+        schedule = replace(schedule, stages_per_rank=stages // asked.ranks)
+    return schedule, stages, getattr(asked, f"{right}_batches") or _BATCHES[schedule.unit]
+
+
+def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str:
+    """All schedules, side by side."""
+    if asked.format not in ("text", "markdown"):
+        parser.error("--compare prints a table: --format text or markdown.")
+    if asked.stages and asked.ranks and asked.stages != asked.ranks:
+        parser.error("--compare chooses how many stages a rank holds: give --ranks alone.")
+    ranks = asked.ranks or asked.stages or 4
+    schedules = {name: cls() for name, cls in SCHEDULES.items()}
+    schedules["continuous, early input gradient"] = Continuous(early_input_gradient=True)
+    schedules["continuous, 2 stages per rank"] = Continuous(stages_per_rank=2)
+    sizes = {"mini-batch": asked.mini_batches, "micro-batch": asked.micro_batches}
+    sizes = {unit: number or _BATCHES[unit] for unit, number in sizes.items()}
+    costs = [Cost.of(name, schedule, ranks, sizes[schedule.unit]) for name, schedule in schedules.items()]
+    return "\n".join(
+        [
+            (as_text if asked.format == "text" else as_markdown)(costs),
+            "",
+            f"{ranks} ranks. Continuous: a run of {sizes['mini-batch']} mini-batches, which idles no more however long"
+            f" it is; the others: one of {sizes['micro-batch']} micro-batches, and so again for every mini-batch.",
+            "A slot is a forward through what one rank holds; a backward takes two. In flight, versions and delay: of"
+            " each stage, from the first to the last.",
+        ]
+    )
+
+
+def _schedule(name: str) -> Schedule:
+    try:
+        return named(name)
+    except PlanError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,10 +104,20 @@ def _parser() -> argparse.ArgumentParser:
         prog="cpipe schedule",
         description="Print who does what, when; check it; and count its bubbles, in the window and in the whole run.",
     )
-    parser.add_argument("--schedule", choices=list(SCHEDULES), default="continuous", help="default: continuous")
-    parser.add_argument("--stages", type=int, default=4, metavar="P", help="default: 4")
+    parser.add_argument(
+        "--schedule",
+        type=_schedule,
+        default="continuous",
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULES)}, or the path of a plan.csv; default: continuous",
+    )
+    parser.add_argument("--stages", type=int, metavar="P", help="default: 4, or 2 for each of 4 ranks (interleaved)")
+    parser.add_argument("--ranks", type=int, metavar="R", help="that hold P/R stages each; default: one stage each")
     parser.add_argument("--mini-batches", type=int, metavar="N", help="of the run (continuous); default: 13")
-    parser.add_argument("--micro-batches", type=int, metavar="M", help="of a mini-batch (gpipe, 1f1b); default: 8")
+    parser.add_argument("--micro-batches", type=int, metavar="M", help="of a mini-batch (the others); default: 8")
+    parser.add_argument("--early-input-gradient", action="store_true", help="split the backwards (continuous)")
     parser.add_argument("--slots", type=int, metavar="S", help="width of the window; default: the whole run")
-    parser.add_argument("--format", choices=["text", "markdown", "json", "svg"], default="text", help="default: text")
+    parser.add_argument("--compare", action="store_true", help="all schedules, side by side, on R ranks")
+    formats = ["text", "markdown", "json", "svg", "csv"]
+    parser.add_argument("--format", choices=formats, default="text", help="default: text; csv is torch's form")
     return parser

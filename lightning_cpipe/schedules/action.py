@@ -22,6 +22,10 @@ class Kind(str, Enum):
     """Roughly: ``y[j] = stage(x[j])``, with the newest weights."""
     BACKWARD = "B"
     """Roughly: ``gx[j] = d stage(x[j]) . gy[j]``, with the weights that the forward used."""
+    INPUT_GRADIENT = "I"
+    """Roughly: ``gx[j] = d stage(x[j]) . gy[j]``: the half of a backward that the stage before waits for."""
+    WEIGHT_GRADIENT = "W"
+    """Roughly: ``gradients += d stage(weights) . gy[j]``: the other half, for which nobody waits."""
     UPDATE = "U"
     """Roughly: ``weights = optimizer(weights, gradients)``; one version more."""
     POST_FORWARD = "POST_F"
@@ -42,8 +46,13 @@ class Kind(str, Enum):
 
     @property
     def computes(self) -> bool:
-        """Whether the action takes a slot of the stage's time: forwards and backwards do."""
-        return self in (Kind.FORWARD, Kind.BACKWARD)
+        """Whether the action takes a slot of the stage's time: forwards and backwards do, and each half of one."""
+        return self in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT)
+
+    @property
+    def frees(self) -> bool:
+        """Whether the action ends a batch's time in flight: what the forward kept is needed no longer."""
+        return self in (Kind.BACKWARD, Kind.WEIGHT_GRADIENT)
 
 
 _WORD = re.compile(r"(?P<stage>\d+)?(?P<kind>[A-Z](?:[A-Z_]*[A-Z])?)(?P<batch>\d+)")
@@ -90,6 +99,9 @@ class Action:
 
 _KINDS = tuple(kind.value for kind in Kind)
 
+GRADIENT_LEAVES = (Kind.BACKWARD, Kind.INPUT_GRADIENT)
+"""What needs the gradient from the stage after, and makes the one for the stage before."""
+
 Row = tuple[Action, ...]
 """What one stage does in one of its local steps, in order."""
 
@@ -102,6 +114,16 @@ def forward(batch: int) -> Action:
 def backward(batch: int) -> Action:
     """``B`` of `batch`."""
     return Action(Kind.BACKWARD, batch)
+
+
+def input_gradient(batch: int) -> Action:
+    """``I`` of `batch`."""
+    return Action(Kind.INPUT_GRADIENT, batch)
+
+
+def weight_gradient(batch: int) -> Action:
+    """``W`` of `batch`."""
+    return Action(Kind.WEIGHT_GRADIENT, batch)
 
 
 def update(batch: int) -> Action:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_cpipe.schedules.action import Row, backward, forward, update
+from lightning_cpipe.schedules.action import Row, backward, forward, input_gradient, update, weight_gradient
 from lightning_cpipe.schedules.schedule import Schedule
 
 
@@ -33,11 +33,15 @@ class Continuous(Schedule):
         accumulate: mini-batches per update.
         epoch_length: mini-batches per epoch, where known; as in Lightning, an epoch's last mini-batch updates even if
             `accumulate` does not divide the epoch.
+        early_input_gradient: whether a backward is split, so that the input gradient leaves before the gradients of
+            the weights are made: ``F3 I0 W0 U0``. It shortens the time that a stage waits for the one after it; the
+            numbers stay the same.
     """
 
     extra_in_flight: int = 0
     accumulate: int = 1
     epoch_length: int | None = None
+    early_input_gradient: bool = False
 
     name: ClassVar[str] = "continuous"
     unit: ClassVar[str] = "mini-batch"
@@ -54,7 +58,8 @@ class Continuous(Schedule):
             row: Row = (forward(step),) if step < num_batches else ()
             if step >= lag:
                 done = step - lag
-                row += (backward(done), update(done)) if self.updates_after(done) else (backward(done),)
+                row += (input_gradient(done), weight_gradient(done)) if self.early_input_gradient else (backward(done),)
+                row += (update(done),) if self.updates_after(done) else ()
             yield row
 
     def updates_after(self, batch: int) -> bool:
@@ -102,6 +107,20 @@ class Continuous(Schedule):
         windows = (self.updates_before(start + lag) - self.updates_before(start) for start in range(period))
         return 1 + max(windows)
 
+    @property
+    def slots_per_batch(self) -> int:
+        """A forward and a backward, which takes two if it is split."""
+        return 3 if self.early_input_gradient else 2
+
+    def idle_slots(self, num_stages: int, num_batches: int) -> int:
+        """As without the split where a rank holds one stage; it is the input gradient that the others wait for.
+
+        Where it holds several, their gradients of weights are in the way: one slot for each stage but one.
+        """
+        idle = super().idle_slots(num_stages, num_batches)
+        ranks = num_stages // self.stages_per_rank
+        return idle + (ranks - 1) * (self.stages_per_rank - 1) * self.early_input_gradient
+
     def idle_slots_so_far(self, stage: int, num_stages: int, num_batches: int) -> int:
         """Slots that the fill has left idle on a stage when the last one has backwarded `num_batches` (at least one).
 
@@ -134,5 +153,5 @@ class Continuous(Schedule):
         The paper derives it from a total of ``N + 2 (p - 1)`` slots, which would hold N passes; the run of N
         mini-batches (a forward and a backward each) takes ``2 N + 2 (p - 1)``, see `slot_exact_ratio`.
         """
-        idle = self.idle_slots(num_stages)
+        idle = 2 * (num_stages - 1)
         return idle / (num_batches + idle)

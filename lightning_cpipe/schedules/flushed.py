@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_cpipe.schedules.action import Row, backward, forward, update
 from lightning_cpipe.schedules.schedule import Schedule
 
 
+@dataclass(frozen=True)
 class Flushed(Schedule, ABC):
     """What the flush schedules have in common: one update per plan, so no delay and one version."""
 
@@ -28,10 +30,11 @@ class Flushed(Schedule, ABC):
         return 0
 
     def paper_ratio(self, num_stages: int, num_batches: int) -> float:
-        """``(p - 1) / (m + p - 1)``, which is also what the table shows."""
+        """What the table shows; for GPipe and 1F1B the paper has the same, ``(p - 1) / (m + p - 1)``."""
         return self.slot_exact_ratio(num_stages, num_batches)
 
 
+@dataclass(frozen=True)
 class GPipe(Flushed):
     """GPipe (Huang et al. 2019): all forwards, then all backwards in reverse order, then the update.
 
@@ -52,11 +55,26 @@ class GPipe(Flushed):
             yield (backward(batch),)
         yield (update(0),)
 
+    def rows_in_turn(self, stages: Sequence[int], num_stages: int, num_batches: int) -> Iterator[Row]:
+        """The rows of several stages of one rank: each micro-batch goes through all of them."""
+        for step in range(num_batches):
+            for stage in stages:
+                yield (forward(step).at(stage),)
+        for step in reversed(range(num_batches)):
+            for stage in reversed(stages):
+                yield (backward(step).at(stage),)
+        yield tuple(update(0).at(stage) for stage in reversed(stages))
+
+    def fill_pauses(self, num_batches: int) -> int:
+        """0: no forward waits for a backward."""
+        return 0
+
     def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
         """All of them."""
         return num_batches
 
 
+@dataclass(frozen=True)
 class OneFOneB(Flushed):
     """1F1B, also PipeDream-flush (Narayanan et al. 2019; 2021): each stage alternates as soon as it can.
 
@@ -71,7 +89,7 @@ class OneFOneB(Flushed):
 
     def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
         """The rows of one stage: warm-up, one forward and one backward per row, cool-down, update."""
-        ahead = num_stages - 1 - stage
+        ahead = self.lag(stage, num_stages)
         for step in range(num_batches + ahead):
             row: Row = (forward(step),) if step < num_batches else ()
             yield row + ((backward(step - ahead),) if step >= ahead else ())

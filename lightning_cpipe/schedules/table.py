@@ -12,16 +12,22 @@ from lightning_cpipe.schedules.schedule import Schedule
 
 IDLE = "*"
 
-COLOURS = {Kind.FORWARD: "#4c78a8", Kind.BACKWARD: "#f58518", Kind.UPDATE: "#54a24b"}
+COLOURS = {
+    Kind.FORWARD: "#4c78a8",
+    Kind.BACKWARD: "#f58518",
+    Kind.INPUT_GRADIENT: "#e45756",
+    Kind.WEIGHT_GRADIENT: "#b279a2",
+    Kind.UPDATE: "#54a24b",
+}
 """One colour per kind, the same in every picture of this package."""
 
 
 @dataclass(frozen=True)
 class Bubbles:
-    """The idle slots of all stages together, and the bubble ratio twice.
+    """The idle slots of all ranks together, and the bubble ratio twice.
 
     Attributes:
-        total_slots: slots times stages.
+        total_slots: slots times ranks.
         idle_slots: how many of them are idle.
         paper: the ratio by the paper's formula.
         slot_exact: the ratio of the two counts above.
@@ -53,22 +59,35 @@ class Table:
         self.schedule = schedule
         self.num_stages = num_stages
         self.num_batches = num_batches
-        slots = clock(schedule.plan(num_stages, num_batches))
+        self.plan = schedule.plan(num_stages, num_batches)
+        self.several = self.plan.num_ranks < num_stages
+        """Whether some rank holds several stages; then cells name them."""
+        slots = clock(self.plan)
         self.run_slots = 1 + max(slots.values())
         self.window = self.run_slots if window is None else min(window, self.run_slots)
-        self.cells: list[list[Action | None]] = [[None] * self.window for _ in range(num_stages)]
+        self.cells: list[list[Action | None]] = [[None] * self.window for _ in range(self.plan.num_ranks)]
         for action, slot in slots.items():
             if slot < self.window and action.stage is not None:
-                self.cells[action.stage][slot] = action
+                self.cells[self.plan.line_of[action.stage]][slot] = action
 
     def text_of(self, cell: Action | None) -> str:
-        """A cell as the paper writes it: ``3MF``, ``3F``, or ``*`` where the stage is idle."""
-        return IDLE if cell is None else f"{cell.batch}{self.schedule.mark}{cell.kind}"
+        """A cell as the paper writes it: ``3MF``, ``3F``, or ``*`` where the stage is idle.
+
+        Where a rank holds several stages, the action's own word: ``2F3``.
+        """
+        if cell is None:
+            return IDLE
+        return str(cell) if self.several else f"{cell.batch}{self.schedule.mark}{cell.kind}"
+
+    @property
+    def heads(self) -> list[str]:
+        """What stands before each line: ``stage 1``, or ``stages 1, 3``."""
+        return [f"stage{'s' * (len(held) > 1)} {', '.join(map(str, held))}" for held in self.plan.held]
 
     @property
     def in_window(self) -> Bubbles:
         """Counted cell by cell."""
-        total = self.num_stages * self.window
+        total = len(self.cells) * self.window
         idle = sum(cell is None for row in self.cells for cell in row)
         return Bubbles(total, idle, self.schedule.paper_ratio(self.num_stages, self.num_batches), idle / total)
 
@@ -76,18 +95,20 @@ class Table:
     def in_run(self) -> Bubbles:
         """In closed form, for the whole plan."""
         p, n = self.num_stages, self.num_batches
+        total = len(self.cells) * self.schedule.slots(p, n)
         return Bubbles(
-            p * self.schedule.slots(p, n),
-            p * self.schedule.idle_slots(p),
+            total,
+            total - self.plan.busy_slots,
             self.schedule.paper_ratio(p, n),
             self.schedule.slot_exact_ratio(p, n),
         )
 
     def summary(self) -> list[str]:
         """Two lines: the bubbles of the window and of the whole run."""
-        kind = "run" if self.schedule.unit == "mini-batch" else "step"
+        kind = {"mini-batch": "run", "micro-batch": "step"}.get(self.schedule.unit, "plan")
+        lines = f"{len(self.cells)} {'ranks' if self.several else 'stages'}"
         return [
-            f"window of {self.window} slots x {self.num_stages} stages: {self.in_window}",
+            f"window of {self.window} slots x {lines}: {self.in_window}",
             f"whole {kind} of {self.num_batches} {self.schedule.unit}es: {self.in_run}",
         ]
 
@@ -98,7 +119,7 @@ class Table:
         """Aligned columns, one line per stage."""
         rows = [[str(slot) for slot in range(self.window)], *self._texts()]
         width = max(len(cell) for row in rows for cell in row)
-        heads = ["slot", *(f"stage {stage}" for stage in range(self.num_stages))]
+        heads = ["slot", *self.heads]
         margin = max(map(len, heads))
         lines = [
             f"{head:<{margin}} | " + " ".join(f"{cell:>{width}}" for cell in row) for head, row in zip(heads, rows)
@@ -107,8 +128,8 @@ class Table:
 
     def markdown(self) -> str:
         """A Markdown table with the paper's cells, and a first column for the stage."""
-        head = ["stage", *map(str, range(self.window))]
-        body = [[str(stage), *row] for stage, row in enumerate(self._texts())]
+        head = ["stages" if self.several else "stage", *map(str, range(self.window))]
+        body = [[" ".join(map(str, held)), *row] for held, row in zip(self.plan.held, self._texts())]
         lines = [_pipe(head), _pipe(["---"] * len(head)), *map(_pipe, body)]
         return "\n".join([*lines, "", *(f"- {line}" for line in self.summary())])
 
@@ -118,6 +139,7 @@ class Table:
             {
                 "schedule": self.schedule.name,
                 "stages": self.num_stages,
+                **({"held": self.plan.held} if self.several else {}),
                 "batches": self.num_batches,
                 "unit": self.schedule.unit,
                 "cells": [[None if cell is None else self.text_of(cell) for cell in row] for row in self.cells],
@@ -129,13 +151,14 @@ class Table:
 
     def svg(self) -> str:
         """A picture of 36 x 24 pixels per cell, with a title on each cell and the bubbles below."""
-        width, height, left, top = 36, 24, 60, 20
+        width, height, top = 36, 24, 20
+        left = 18 + 6 * max(map(len, self.heads))
         shapes = []
         for slot in range(self.window):
             shapes.append(_svg_text(left + slot * width + width / 2, top - 6, str(slot), size=9))
-        for stage, row in enumerate(self.cells):
-            y = top + stage * height
-            shapes.append(_svg_text(left / 2, y + height / 2 + 4, f"stage {stage}", size=11))
+        for line, (head, row) in enumerate(zip(self.heads, self.cells)):
+            y = top + line * height
+            shapes.append(_svg_text(left / 2, y + height / 2 + 4, head, size=11))
             for slot, cell in enumerate(row):
                 x = left + slot * width
                 colour = "#eeeeee" if cell is None else COLOURS[cell.kind]
@@ -146,9 +169,9 @@ class Table:
                 )
                 if cell is not None:
                     shapes.append(_svg_text(x + width / 2, y + height / 2 + 4, self.text_of(cell), fill="white"))
-        bottom = top + self.num_stages * height
-        for number, line in enumerate(self.summary()):
-            shapes.append(_svg_text(left, bottom + 18 + 16 * number, line, size=11, anchor="start"))
+        bottom = top + len(self.cells) * height
+        for number, words in enumerate(self.summary()):
+            shapes.append(_svg_text(left, bottom + 18 + 16 * number, words, size=11, anchor="start"))
         total_width, total_height = max(left + self.window * width + 8, 720), bottom + 44
         return "\n".join(
             [

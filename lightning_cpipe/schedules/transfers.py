@@ -2,7 +2,8 @@
 
 A forward needs the activation of the stage before and hands on its own; a backward needs the gradient of the stage
 after and hands on its own. Each arrow between two stages is a *lane* with a process group of its own, so what counts
-on a lane is only that both ends name the mini-batches in the same order.
+on a lane is only that both ends name the mini-batches in the same order. Stages that one rank holds send each other
+nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import tee
 
-from lightning_cpipe.schedules.action import Action, Kind, Row
+from lightning_cpipe.schedules.action import GRADIENT_LEAVES, Action, Kind, Row
 from lightning_cpipe.schedules.plan import Plan
 
 POSTED_AHEAD = 2
@@ -25,49 +26,63 @@ def with_transfers(plan: Plan, posted_ahead: int = POSTED_AHEAD) -> Plan:
 
         F3  ->  POST_F5 RECV_F3 F3 POST_B3 SEND_F3
         B0  ->  RECV_B0 B0 SEND_B0
+        I0  ->  RECV_B0 I0 SEND_B0
     """
     last = plan.num_stages - 1
-    return Plan(
-        tuple(
-            tuple(rows_with_transfers(rows, first=stage == 0, last=stage == last, posted_ahead=posted_ahead))
-            for stage, rows in enumerate(plan.rows)
-        )
-    )
+    lines = []
+    for stages, rows in zip(plan.held, plan.rows):
+        for stage in stages:
+            first_of = stage == 0 or plan.together(stage, stage - 1)
+            last_of = stage == last or plan.together(stage, stage + 1)
+            only = None if len(stages) == 1 else stage
+            rows = tuple(rows_with_transfers(rows, first=first_of, last=last_of, stage=only, posted_ahead=posted_ahead))
+        lines.append(rows)
+    return Plan(tuple(lines), plan.held)
 
 
 def rows_with_transfers(
-    rows: Iterable[Row], *, first: bool, last: bool, posted_ahead: int = POSTED_AHEAD
+    rows: Iterable[Row], *, first: bool, last: bool, stage: int | None = None, posted_ahead: int = POSTED_AHEAD
 ) -> Iterator[Row]:
-    """The rows of one stage with its transfers, in the order in which the engine issues them; they may be endless.
+    """The rows of a rank with the transfers of one stage, in the order in which the engine issues them.
 
-    The receive of a gradient is posted as soon as the forward has told its shape. The gradient is sent directly after
-    the backward, before the update, which then hides the transfer.
+    They may be endless. The receive of a gradient is posted as soon as the forward has told its shape. The gradient is
+    sent directly after the backward, or its first half, before the update, which then hides the transfer.
 
     Args:
-        rows: of computation.
-        first: whether the stage is the first, which receives no activations.
-        last: whether it is the last, which receives no gradients.
+        rows: of the rank.
+        first: whether no other rank holds the stage before: then the stage receives no activations.
+        last: whether no other rank holds the stage after: then it receives no gradients.
+        stage: which one; None where the rank holds no other, so that actions need not name it.
         posted_ahead: how many receives of activations are posted before they are needed.
     """
     rows, rows_ahead = tee(rows)
-    to_post = (action.batch for row in rows_ahead for action in row if action.kind is Kind.FORWARD)
+    to_post = (
+        action.batch
+        for row in rows_ahead
+        for action in row
+        if action.kind is Kind.FORWARD and stage in (None, action.stage)
+    )
     posted = forwarded = 0
     for row in rows:
         actions: list[Action] = []
         for action in row:
             batch = action.batch
-            if action.kind is Kind.FORWARD:
+            if stage not in (None, action.stage):
+                actions.append(action)
+            elif action.kind is Kind.FORWARD:
                 while not first and posted <= forwarded + posted_ahead and (ahead := next(to_post, None)) is not None:
-                    actions.append(Action(Kind.POST_FORWARD, ahead))
+                    actions.append(Action(Kind.POST_FORWARD, ahead, stage))
                     posted += 1
                 forwarded += 1
-                actions += [] if first else [Action(Kind.RECV_FORWARD, batch)]
+                actions += [] if first else [Action(Kind.RECV_FORWARD, batch, stage)]
                 actions.append(action)
-                actions += [] if last else [Action(Kind.POST_BACKWARD, batch), Action(Kind.SEND_FORWARD, batch)]
-            elif action.kind is Kind.BACKWARD:
-                actions += [] if last else [Action(Kind.RECV_BACKWARD, batch)]
+                actions += (
+                    [] if last else [Action(Kind.POST_BACKWARD, batch, stage), Action(Kind.SEND_FORWARD, batch, stage)]
+                )
+            elif action.kind in GRADIENT_LEAVES:
+                actions += [] if last else [Action(Kind.RECV_BACKWARD, batch, stage)]
                 actions.append(action)
-                actions += [] if first else [Action(Kind.SEND_BACKWARD, batch)]
+                actions += [] if first else [Action(Kind.SEND_BACKWARD, batch, stage)]
             else:
                 actions.append(action)
         yield tuple(actions)

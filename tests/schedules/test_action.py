@@ -15,6 +15,8 @@ WORDS = [
     ("0F0", Action(Kind.FORWARD, 0, stage=0)),
     ("B0", Action(Kind.BACKWARD, 0)),
     ("11B120", Action(Kind.BACKWARD, 120, stage=11)),
+    ("I4", Action(Kind.INPUT_GRADIENT, 4)),
+    ("3W4", Action(Kind.WEIGHT_GRADIENT, 4, stage=3)),
     ("U7", Action(Kind.UPDATE, 7)),
     ("POST_F5", Action(Kind.POST_FORWARD, 5)),
     ("1RECV_F3", Action(Kind.RECV_FORWARD, 3, stage=1)),
@@ -73,7 +75,7 @@ def test_the_error_for_no_action_says_what_to_write(text: str) -> None:
         Action.parse(text)
     message = str(caught.value)
     assert message.startswith(f"{text!r} is not an action: write a stage (or leave it out)")
-    assert "F, B, U, POST_F, RECV_F, SEND_F, POST_B, RECV_B, SEND_B" in message
+    assert "F, B, I, W, U, POST_F, RECV_F, SEND_F, POST_B, RECV_B, SEND_B" in message
     assert "for example 2F3 or B0" in message
 
 
@@ -88,4 +90,8 @@ def test_a_stage_can_be_written_out_later() -> None:
 
 
 def test_only_forwards_and_backwards_take_a_slot() -> None:
-    assert {kind for kind in Kind if kind.computes} == {Kind.FORWARD, Kind.BACKWARD}
+    assert "".join(kind for kind in Kind if kind.computes) == "FBIW"
+
+
+def test_a_batch_is_in_flight_until_its_gradients_of_weights_are_made() -> None:
+    assert "".join(kind for kind in Kind if kind.frees) == "BW"

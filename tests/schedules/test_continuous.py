@@ -98,7 +98,7 @@ def test_a_run_takes_2n_slots_and_2_p_minus_1_idle_ones_on_each_stage(p: int) ->
         assert schedule.slots(p, n) == taken == 2 * n + 2 * (p - 1)
         for s in range(p):
             busy = {slot for action, slot in slots.items() if action.stage == s}
-            assert schedule.idle_slots(p) == taken - len(busy) == 2 * (p - 1)
+            assert schedule.idle_slots(p, n) == taken - len(busy) == 2 * (p - 1)
 
 
 def test_no_more_is_in_flight_than_lag_plus_one(runs: Runs) -> None:

@@ -76,7 +76,7 @@ def test_a_step_takes_2m_slots_and_2_p_minus_1_idle_ones_on_each_stage(schedule:
         slots = clock(plan)
         assert min(slots.values()) == 0
         assert 1 + max(slots.values()) == schedule.slots(p, m) == 2 * m + 2 * (p - 1)
-        assert schedule.idle_slots(p) == 2 * (p - 1)
+        assert schedule.idle_slots(p, m) == 2 * (p - 1)
         for s in range(p):
             assert len({slot for action, slot in slots.items() if action.stage == s}) == 2 * m
 

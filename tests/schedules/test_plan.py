@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.schedules import SCHEDULES, Continuous, GPipe, OneFOneB, named
+from lightning_cpipe.schedules import SCHEDULES, Continuous, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble, named
 from lightning_cpipe.schedules.action import Action, Kind, backward, forward, update
 from lightning_cpipe.schedules.plan import Plan
 
@@ -49,9 +49,21 @@ def test_every_plan_reads_back(plan: Plan) -> None:
     assert Plan.parse(str(plan)) == plan
 
 
-@pytest.mark.parametrize("schedule", [Continuous(), Continuous(2, 3, 5), GPipe(), OneFOneB()])
-def test_the_plan_of_a_schedule_reads_back(schedule: Continuous | GPipe | OneFOneB) -> None:
-    plan = schedule.plan(11, 6)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Continuous(),
+        Continuous(2, 3, 5),
+        Continuous(stages_per_rank=3),
+        GPipe(),
+        OneFOneB(),
+        Interleaved(),
+        ZeroBubble(),
+    ],
+    ids=str,
+)
+def test_the_plan_of_a_schedule_reads_back(schedule: Schedule) -> None:
+    plan = schedule.plan(12, 6)
     assert Plan.parse(str(plan)) == plan
 
 
@@ -93,10 +105,14 @@ def test_schedules_are_found_by_their_names() -> None:
     assert named("continuous") == Continuous()
     assert isinstance(named("gpipe"), GPipe)
     assert isinstance(named("1f1b"), OneFOneB)
-    assert list(SCHEDULES) == ["continuous", "gpipe", "1f1b"]
+    assert named("interleaved") == Interleaved(stages_per_rank=2)
+    assert isinstance(named("zb"), ZeroBubble)
+    assert list(SCHEDULES) == ["continuous", "gpipe", "1f1b", "interleaved", "zb"]
 
 
 def test_an_unknown_schedule_is_refused_with_all_names() -> None:
     with pytest.raises(PlanError) as caught:
         named("pipedream")
-    assert str(caught.value) == "there is no schedule 'pipedream'; there are: continuous, gpipe, 1f1b."
+    assert str(caught.value) == (
+        "there is no schedule 'pipedream'; there are: continuous, gpipe, 1f1b, interleaved, zb, and plans as .csv files."
+    )

@@ -1,0 +1,97 @@
+"""A plan that somebody else wrote, as a schedule: it can be checked, drawn and compared like the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from lightning_cpipe.errors import PlanError
+from lightning_cpipe.schedules.action import Kind, Row
+from lightning_cpipe.schedules.check import delays, most_in_flight, versions
+from lightning_cpipe.schedules.clock import span
+from lightning_cpipe.schedules.exchange import read_csv
+from lightning_cpipe.schedules.plan import Held, Plan
+from lightning_cpipe.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Given(Schedule):
+    """A plan that somebody else wrote. It promises what it does: all is counted by walking it.
+
+    Attributes:
+        given: the plan.
+    """
+
+    given: Plan
+
+    name: ClassVar[str] = "given"
+    unit: ClassVar[str] = "batch"
+
+    @classmethod
+    def read(cls, path: str | Path) -> Given:
+        """The plan of a file.
+
+        Raises:
+            PlanError: if the file can't be read, or holds no plan.
+        """
+        try:
+            return cls(read_csv(Path(path).read_text()))
+        except OSError as error:
+            raise PlanError(f"the plan {str(path)!r} can't be read: {error.strerror}.") from error
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches the plan is for."""
+        return len(self.given.batches(0, Kind.FORWARD))
+
+    def plan(self, num_stages: int, num_batches: int) -> Plan:
+        """The plan as it is.
+
+        Raises:
+            PlanError: if it is asked for in another size.
+        """
+        if (num_stages, num_batches) != (self.given.num_stages, self.num_batches):
+            raise PlanError(
+                f"the plan is for {self.given.num_stages} stages and {self.num_batches} batches, not for {num_stages}"
+                f" and {num_batches}."
+            )
+        return self.given
+
+    def held(self, num_stages: int) -> Held:
+        """As in the plan."""
+        return self.given.held
+
+    def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
+        """One action per row."""
+        return ((action,) for action in self.plan(num_stages, num_batches).actions(stage))
+
+    def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
+        """As counted."""
+        return most_in_flight(self.given, stage)
+
+    def version(self, stage: int, num_stages: int, batch: int) -> int:
+        """As counted."""
+        return versions(self.given, stage)[batch]
+
+    def delay(self, stage: int, num_stages: int, batch: int) -> int:
+        """As counted."""
+        return delays(self.given, stage)[batch]
+
+    def rows_late(self, user: int, owner: int) -> int:
+        """0: stages that share weights wait for each other."""
+        return 0
+
+    def slots(self, num_stages: int, num_batches: int) -> int:
+        """As counted."""
+        return span(self.plan(num_stages, num_batches))
+
+    def slot_exact_ratio(self, num_stages: int, num_batches: int) -> float:
+        """As counted."""
+        total = self.given.num_ranks * self.slots(num_stages, num_batches)
+        return 1 - self.given.busy_slots / total
+
+    def paper_ratio(self, num_stages: int, num_batches: int) -> float:
+        """As counted: no paper has a formula for it."""
+        return self.slot_exact_ratio(num_stages, num_batches)
