@@ -14,7 +14,8 @@ from lightning_cpipe.schedules.exchange import write_csv
 from lightning_cpipe.schedules.table import Table
 
 _BATCHES = {"mini-batch": 13, "micro-batch": 8}
-"""How many, where nobody says."""
+_COMPARED = {"mini-batch": 100, "micro-batch": 8}
+"""How many, where nobody says: for one schedule, and side by side."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,7 +79,7 @@ def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str
     schedules["continuous, early input gradient"] = Continuous(early_input_gradient=True)
     schedules["continuous, 2 stages per rank"] = Continuous(stages_per_rank=2)
     sizes = {"mini-batch": asked.mini_batches, "micro-batch": asked.micro_batches}
-    sizes = {unit: number or _BATCHES[unit] for unit, number in sizes.items()}
+    sizes = {unit: number or _COMPARED[unit] for unit, number in sizes.items()}
     costs = [Cost.of(name, schedule, ranks, sizes[schedule.unit]) for name, schedule in schedules.items()]
     return "\n".join(
         [
@@ -86,8 +87,9 @@ def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str
             "",
             f"{ranks} ranks. Continuous: a run of {sizes['mini-batch']} mini-batches, which idles no more however long"
             f" it is; the others: one of {sizes['micro-batch']} micro-batches, and so again for every mini-batch.",
-            "A slot is a forward through what one rank holds; a backward takes two. In flight, versions and delay: of"
-            " each stage, from the first to the last.",
+            "A slot is a forward through what one rank holds; a backward takes two. Kept: the batches whose forwards the"
+            " fullest rank keeps.",
+            "In flight, versions and delay: of each stage, from the first to the last.",
         ]
     )
 
@@ -113,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stages", type=int, metavar="P", help="default: 4, or 2 for each of 4 ranks (interleaved)")
     parser.add_argument("--ranks", type=int, metavar="R", help="that hold P/R stages each; default: one stage each")
-    parser.add_argument("--mini-batches", type=int, metavar="N", help="of the run (continuous); default: 13")
+    parser.add_argument(
+        "--mini-batches", type=int, metavar="N", help="of the run (continuous); default: 13; 100 to compare"
+    )
     parser.add_argument("--micro-batches", type=int, metavar="M", help="of a mini-batch (the others); default: 8")
     parser.add_argument("--early-input-gradient", action="store_true", help="split the backwards (continuous)")
     parser.add_argument("--slots", type=int, metavar="S", help="width of the window; default: the whole run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight
+from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, most_on_rank
 from lightning_cpipe.schedules.clock import WHOLE_BACKWARD_TWICE, span
 from lightning_cpipe.schedules.schedule import Schedule
 
@@ -19,6 +19,8 @@ class Cost:
         slots: from the first forward to the last backward. A slot is the time of a forward through the share of one
             rank, whether that is one stage or several; a backward takes two, and each half of one, one.
         idle: share of the slots in which a rank has nothing to do.
+        kept: the largest number of batches whose forwards a rank keeps for their backwards. With several stages on a
+            rank, each counts for its share.
         in_flight: for each stage, the largest number of batches that it has forwarded and not yet backwarded.
         versions: for each stage, the largest number of versions of its weights that are needed at once.
         delay: for each stage, by how many updates its gradients are late.
@@ -27,6 +29,7 @@ class Cost:
     title: str
     slots: float
     idle: float
+    kept: float
     in_flight: Sequence[int]
     versions: Sequence[int]
     delay: Sequence[int]
@@ -42,6 +45,7 @@ class Cost:
             title,
             slots / v,
             1 - 3 * v * num_batches / slots,
+            max(most_on_rank(plan, line) for line in range(num_ranks)) / v,
             [most_in_flight(plan, stage) for stage in stages],
             [live_versions(plan, stage) for stage in stages],
             [max(delays(plan, stage).values()) for stage in stages],
@@ -51,10 +55,10 @@ class Cost:
         """As words: per stage from the first to the last, or one where all are the same."""
         per_stage = (self.in_flight, self.versions, self.delay)
         words = [str(each[0]) if len(set(each)) == 1 else " ".join(map(str, each)) for each in per_stage]
-        return [self.title, f"{self.slots:g}", f"{self.idle:.1%}", *words]
+        return [self.title, f"{self.slots:g}", f"{self.idle:.1%}", f"{self.kept:g}", *words]
 
 
-HEADS = ("schedule", "slots", "idle", "in flight", "versions", "delay")
+HEADS = ("schedule", "slots", "idle", "kept", "in flight", "versions", "delay")
 
 
 def as_text(costs: Iterable[Cost]) -> str:

@@ -46,9 +46,13 @@ def read_csv(text: str) -> Plan:
             last = {action.stage: action.batch for action in actions if action.kind.frees}
             actions += [Action(Kind.UPDATE, batch, stage) for stage, batch in last.items()]
     # Sorted, since the lines of a plan go along with the data.
-    of_stages = sorted((tuple(sorted({action.stage or 0 for action in actions})), actions) for actions in lines)
-    rows = tuple(tuple((action,) for action in actions) for _, actions in of_stages)
-    return Plan(rows, tuple(stages for stages, _ in of_stages))
+    lines.sort(key=_stages)
+    rows = tuple(tuple((action,) for action in actions) for actions in lines)
+    return Plan(rows, tuple(map(_stages, lines)))
+
+
+def _stages(actions: list[Action]) -> tuple[int, ...]:
+    return tuple(sorted({action.stage or 0 for action in actions}))
 
 
 def _read_cell(cell: str) -> list[Action]:

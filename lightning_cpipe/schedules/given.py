@@ -90,7 +90,7 @@ class Given(Schedule):
     def slot_exact_ratio(self, num_stages: int, num_batches: int) -> float:
         """As counted."""
         total = self.given.num_ranks * self.slots(num_stages, num_batches)
-        return 1 - self.given.busy_slots / total
+        return (total - self.given.busy_slots) / total
 
     def paper_ratio(self, num_stages: int, num_batches: int) -> float:
         """As counted: no paper has a formula for it."""

@@ -64,8 +64,8 @@ class Interleaved(Flushed):
     def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
         """No more than this, and exactly this where all rounds are equally long.
 
-        From the forward of a micro-batch to its backward, a rank begins with so many other forwards; of every v rounds
-        of them, one is of this stage.
+        From the forward of a micro-batch to its backward, the rank begins so many forwards; of every v rounds of them,
+        one is of this stage. All stages of a rank together have its warm-up in flight, and one more.
         """
         v, ranks = self.stages_per_rank, self._ranks(num_stages)
         ahead = self._ahead(stage % ranks, num_stages, num_batches)
@@ -77,11 +77,6 @@ class Interleaved(Flushed):
             whole, rest = divmod(forwards, v * length)
             most = max(most, whole * longest + min(longest, rest))
         return min(most, num_batches)
-
-    def rank_in_flight(self, line: int, num_stages: int, num_batches: int) -> int:
-        """The same for all stages of a rank together: its warm-up and one more."""
-        ahead = self._ahead(line, num_stages, num_batches)
-        return min(ahead + 1, self.stages_per_rank * num_batches)
 
     def idle_slots(self, num_stages: int, num_batches: int) -> int:
         """``2 (R - 1)``, as for 1F1B, but its slots are v times shorter (Narayanan et al. 2021, section 2.2).

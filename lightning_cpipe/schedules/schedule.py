@@ -105,10 +105,6 @@ class Schedule(ABC):
         """Slots that a stage takes for one batch: a forward and a backward, or its two halves."""
         return 2
 
-    def rank_in_flight(self, line: int, num_stages: int, num_batches: int) -> int:
-        """The largest number that all stages of a rank together have in flight, or more."""
-        return sum(self.in_flight(stage, num_stages, num_batches) for stage in self.held(num_stages)[line])
-
     def slots(self, num_stages: int, num_batches: int) -> int:
         """Slots from the first forward to the last backward, if everything that a stage does takes one."""
         busy = self.slots_per_batch * self.stages_per_rank * num_batches

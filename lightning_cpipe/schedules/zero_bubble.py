@@ -17,8 +17,8 @@ class ZeroBubble(Flushed):
 
     3 stages, 4 micro-batches; `I` is the input gradient, which leaves at once, `W` the gradient of the weights:
 
-        stage 0 | 0F  * 1F 2F 0I 0W 3F 1I 1W  * 2I 2W 3I 3W
-        stage 1 |  * 0F 1F 0I 2F 1I 0W 3F 2I 1W 3I 2W 3W  *
+        stage 0 | 0F  * 1F  * 2F 0I 0W 3F 1I 1W 2I 2W 3I 3W
+        stage 1 |  * 0F  * 1F 0I 2F 1I 0W 3F 2I 1W 3I 2W 3W
         stage 2 |  *  * 0F 0I 1F 1I 2F 2I 0W 3F 3I 1W 2W 3W
 
     1F1B, in which stage s makes the gradients of its weights s micro-batches later. So every stage has as many in

@@ -13,7 +13,7 @@ import pytest
 
 from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
-from lightning_cpipe.schedules.clock import clock
+from lightning_cpipe.schedules.clock import WHOLE_BACKWARD_TWICE, clock, span
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.plan import Plan
 from lightning_cpipe.schedules.table import Table
@@ -33,6 +33,12 @@ FOUR_STAGES = """
     1 | F0          | F1          | F2 B0 U0    | F3 B1 U1    | F4 B2 U2    | B3 U3       | B4 U4
     2 | F0          | F1 B0 U0    | F2 B1 U1    | F3 B2 U2    | F4 B3 U3    | B4 U4
     3 | F0 B0 U0    | F1 B1 U1    | F2 B2 U2    | F3 B3 U3    | F4 B4 U4
+"""
+
+BACKWARDS_IN_TWO_HALVES = """
+    0 | F0          | F1          | F2 I0 W0 U0 | F3 I1 W1 U1 | I2 W2 U2    | I3 W3 U3
+    1 | F0          | F1 I0 W0 U0 | F2 I1 W1 U1 | F3 I2 W2 U2 | I3 W3 U3
+    2 | F0 I0 W0 U0 | F1 I1 W1 U1 | F2 I2 W2 U2 | F3 I3 W3 U3
 """
 
 FEWER_BATCHES_THAN_STAGES = """
@@ -70,6 +76,7 @@ def runs(request: pytest.FixtureRequest) -> Runs:
         (Continuous(), FEWER_BATCHES_THAN_STAGES, 4, 2),
         (Continuous(), "0 | F0 B0 U0 | F1 B1 U1", 1, 2),
         (Continuous(extra_in_flight=1), TWICE_AS_FAR_AHEAD, 3, 5),
+        (Continuous(early_input_gradient=True), BACKWARDS_IN_TWO_HALVES, 3, 4),
         (Continuous(accumulate=2, epoch_length=5), TWO_PER_UPDATE_FIVE_PER_EPOCH, 2, 7),
         (Continuous(accumulate=2), "0 | F0 B0 | F1 B1 U1 | F2 B2 | F3 B3 U3 | F4 B4", 1, 5),
     ],
@@ -86,6 +93,20 @@ def test_stage_s_runs_forward_j_in_slot_s_plus_2j_and_backward_j_in_slot_2p_minu
             expected[Action(Kind.FORWARD, j, s)] = s + 2 * j
             expected[Action(Kind.BACKWARD, j, s)] = 2 * p - 1 - s + 2 * j
         assert clock(Continuous().plan(p, n)) == expected
+
+
+@EVERY_STAGE_COUNT
+def test_backwards_in_two_halves_change_no_number_and_shorten_the_fill_and_the_drain(p: int) -> None:
+    for extra, n in itertools.product(EXTRA, BATCHES):
+        whole, halves = Continuous(extra), Continuous(extra, early_input_gradient=True)
+        plan, plain = halves.plan(p, n), whole.plan(p, n)
+        for s in range(p):
+            assert versions(plan, s) == versions(plain, s)
+            assert delays(plan, s) == delays(plain, s)
+            assert most_in_flight(plan, s) == most_in_flight(plain, s)
+            assert live_versions(plan, s) == live_versions(plain, s)
+        assert span(plan) == halves.slots(p, n) == 3 * n + 2 * (p - 1)
+        assert span(plain, WHOLE_BACKWARD_TWICE) == 3 * n + 3 * (p - 1)
 
 
 @EVERY_STAGE_COUNT

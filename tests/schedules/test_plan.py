@@ -114,5 +114,6 @@ def test_an_unknown_schedule_is_refused_with_all_names() -> None:
     with pytest.raises(PlanError) as caught:
         named("pipedream")
     assert str(caught.value) == (
-        "there is no schedule 'pipedream'; there are: continuous, gpipe, 1f1b, interleaved, zb, and plans as .csv files."
+        "there is no schedule 'pipedream'; there are: continuous, gpipe, 1f1b, interleaved, zb,"
+        " and plans as .csv files."
     )
