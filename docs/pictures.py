@@ -1,6 +1,7 @@
 """Draws the pictures of this folder from the package's own schedules: `python docs/pictures.py`.
 
-schedules.svg   1F1B, which is flushed after every mini-batch, above the continuous schedule, on one time axis
+schedules.svg       1F1B, which is flushed after every mini-batch, above the continuous schedule, on one time axis
+schedules/NAME.svg  one schedule each
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from lightning_cpipe.schedules import Continuous, OneFOneB
+from lightning_cpipe.schedules import Continuous, GPipe, Interleaved, OneFOneB, ZeroBubble
 from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.clock import clock
-from lightning_cpipe.schedules.table import COLOURS
+from lightning_cpipe.schedules.table import COLOURS, Table
 
 STAGES = 4
 MICRO_BATCHES = 8
@@ -23,6 +24,17 @@ SLOT, ROW, LEFT, TOP = 40, 26, 66, 56
 """Pixels."""
 
 IDLE = "#d5d5d5"
+
+FIGURES = {
+    "continuous": Table(Continuous(), STAGES, 13, SLOTS),
+    "continuous-early": Table(Continuous(early_input_gradient=True), STAGES, 10, SLOTS),
+    "continuous-two-per-rank": Table(Continuous(stages_per_rank=2), STAGES, 8, SLOTS),
+    "gpipe": Table(GPipe(), STAGES, MICRO_BATCHES),
+    "1f1b": Table(OneFOneB(), STAGES, MICRO_BATCHES),
+    "interleaved": Table(Interleaved(), 2 * STAGES, MICRO_BATCHES),
+    "zb": Table(ZeroBubble(), STAGES, MICRO_BATCHES),
+}
+"""One schedule each."""
 
 Cell = tuple[Action, float, float]
 """What is done, and its begin and end in slots."""
@@ -98,4 +110,8 @@ def label(x: float, y: float, text: str, fill: str = "#222222", *, size: int = 1
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "schedules.svg").write_text(schedules())
+    folder = Path(__file__).parent
+    (folder / "schedules.svg").write_text(schedules())
+    (folder / "schedules").mkdir(exist_ok=True)
+    for name, table in FIGURES.items():
+        (folder / "schedules" / f"{name}.svg").write_text(table.svg() + "\n")

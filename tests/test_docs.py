@@ -6,10 +6,15 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lightning_cpipe
+from lightning_cpipe.cli.schedule import main as command
+from lightning_cpipe.schedules import SCHEDULES
+from lightning_cpipe.schedules.check import check
+from lightning_cpipe.schedules.table import Table
 
 PACKAGE = Path(lightning_cpipe.__file__).parent
 DOCS = PACKAGE.parent / "docs"
@@ -20,6 +25,34 @@ def test_a_picture_is_up_to_date(script: str, picture: str, monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(DOCS))
     drawn = getattr(importlib.import_module(script), picture)()
     assert drawn == (DOCS / f"{picture}.svg").read_text(), f"run `python docs/{script}.py`"
+
+
+def test_every_schedule_has_a_figure_that_is_up_to_date_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    figures = importlib.import_module("pictures").FIGURES
+    assert {table.schedule.name for table in figures.values()} == set(SCHEDULES)
+    text = (DOCS / "schedules.md").read_text()
+    for name, table in figures.items():
+        assert (DOCS / "schedules" / f"{name}.svg").read_text() == table.svg() + "\n", "run `python docs/pictures.py`"
+        assert f"](schedules/{name}.svg)" in text
+    assert len(list((DOCS / "schedules").iterdir())) == len(figures)
+
+
+def test_the_table_of_schedules_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    command(["--compare", "--format", "markdown"])
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert table in (DOCS / "schedules.md").read_text()
+
+
+def test_the_schedule_that_a_document_adds_is_a_schedule_without_faults() -> None:
+    text = (DOCS / "schedules.md").read_text().partition("## Add a schedule")[2]
+    code, drawn = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)[:2]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    schedule = names["InOrder"]()
+    for p in range(1, 5):
+        assert check(schedule.plan(p, 4), schedule) == []
+    assert Table(schedule, 3, 4).text().partition("\n\n")[0] == drawn.strip()
 
 
 def said() -> str:

@@ -85,10 +85,11 @@ def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str
         [
             (as_text if asked.format == "text" else as_markdown)(costs),
             "",
-            f"{ranks} ranks. Continuous: a run of {sizes['mini-batch']} mini-batches, which idles no more however long"
-            f" it is; the others: one of {sizes['micro-batch']} micro-batches, and so again for every mini-batch.",
-            "A slot is a forward through what one rank holds; a backward takes two. Kept: the batches whose forwards the"
-            " fullest rank keeps.",
+            f"{ranks} ranks. Continuous: a run of {sizes['mini-batch']} mini-batches, whose idle slots grow no more"
+            f" however long it is. The others: one mini-batch of {sizes['micro-batch']} micro-batches; each further one"
+            " idles as much.",
+            "A slot is a forward through what one rank holds; a backward takes two. Kept: how many batches' forwards"
+            " the fullest rank keeps at once.",
             "In flight, versions and delay: of each stage, from the first to the last.",
         ]
     )

@@ -15,11 +15,15 @@ from torch import nn
 
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import Check
+from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
+
+RUN = ("continuous",)
+"""The schedules that the engine runs. Every one can be drawn and checked."""
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
@@ -60,13 +64,13 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"num_stages={asked.num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages`"
             f" out, or set `devices={asked.num_stages}`. {LATER}"
         )
-    if asked.schedule in ("gpipe", "1f1b"):
+    if asked.schedule not in SCHEDULES and not asked.schedule.endswith(".csv"):
+        yield f"schedule={asked.schedule!r}: there is none of that name; there are {', '.join(map(repr, SCHEDULES))}."
+    elif asked.schedule not in RUN:
         yield (
-            f"schedule={asked.schedule!r}: `cpipe schedule` draws and checks it, but only 'continuous' runs for now."
-            f" {LATER}"
+            f"schedule={asked.schedule!r}: `cpipe schedule` draws and checks it, but only"
+            f" {', '.join(map(repr, RUN))} runs for now. {LATER}"
         )
-    elif asked.schedule != "continuous":
-        yield f"schedule={asked.schedule!r}: there is none of that name; there are 'continuous', 'gpipe' and '1f1b'."
     if asked.num_microbatches != 1:
         yield (
             f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches;"

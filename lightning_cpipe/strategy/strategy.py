@@ -123,7 +123,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self,
         num_stages: int | Literal["auto"] = "auto",
         data_parallel_size: int = 1,
-        schedule: Literal["continuous", "gpipe", "1f1b"] = "continuous",
+        schedule: Literal["continuous", "gpipe", "1f1b", "interleaved", "zb"] = "continuous",
         num_microbatches: int = 1,
         split_points: list[str] | Literal["auto"] = "auto",
         memory_limit: str | int | None = None,

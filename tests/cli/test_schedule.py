@@ -175,6 +175,16 @@ def test_svg_is_a_picture_with_a_rectangle_for_every_cell(cpipe: Cpipe) -> None:
             "--schedule gpipe counts micro-batches: give --micro-batches.",
         ),
         (["--schedule", "1f1b", "--mini-batches", "3"], "--schedule 1f1b counts micro-batches: give --micro-batches."),
+        (["--ranks", "0"], "--ranks must be at least 1, not 0."),
+        (["--stages", "6", "--ranks", "4"], "6 stages do not go into 4 ranks: --stages must be a multiple."),
+        (["--schedule", "interleaved", "--stages", "5"], "5 stages do not go into ranks of 2: --stages must be"),
+        (
+            ["--schedule", "zb", "--early-input-gradient"],
+            "--early-input-gradient is for --schedule continuous, not zb.",
+        ),
+        (["--schedule", "no.csv"], "argument --schedule: the plan 'no.csv' can't be read: No such file"),
+        (["--compare", "--format", "svg"], "--compare prints a table: --format text or markdown."),
+        (["--compare", "--stages", "8", "--ranks", "4"], "--compare chooses how many stages a rank holds"),
         (["--format", "pdf"], "argument --format: invalid choice: 'pdf'"),
         (["--depth", "4"], "unrecognized arguments: --depth 4"),
     ],
@@ -211,6 +221,67 @@ def test_a_schedule_with_faults_is_not_drawn_and_all_of_them_are_listed(monkeypa
         "stage 1: never updates",
         "stage 1: F1 finds version 0 where version 1 is promised",
     ]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_schedule_is_drawn_whole_on_four_ranks(cpipe: Cpipe, name: str) -> None:
+    told = json.loads(cpipe("schedule", "--schedule", name, "--format", "json"))
+    assert len(told["cells"]) == 4
+    assert told["stages"] == {"interleaved": 8}.get(name, 4)
+    assert told["window"] == told["run"]
+
+
+def test_a_rank_may_hold_several_stages(cpipe: Cpipe) -> None:
+    grid = cpipe("schedule", "--stages", "6", "--ranks", "2", "--mini-batches", "2").splitlines()
+    assert [line.split(" | ")[0] for line in grid[1:3]] == ["stages 0, 1, 2", "stages 3, 4, 5"]
+    one = cpipe("schedule", "--schedule", "gpipe", "--stages", "3", "--ranks", "1", "--micro-batches", "1")
+    assert "stages 0, 1, 2 | 0F0 1F0 2F0 2B0 1B0 0B0\n" in one
+    grid = cpipe("schedule", "--schedule", "interleaved", "--ranks", "2", "--micro-batches", "2").splitlines()
+    assert [line.split(" | ")[0] for line in grid[1:3]] == ["stages 0, 2", "stages 1, 3"]
+
+
+def test_backwards_may_be_split(cpipe: Cpipe) -> None:
+    drawn = cpipe("schedule", "--stages", "2", "--mini-batches", "2", "--early-input-gradient")
+    assert "stage 1 |   * 0MF 0MI 0MW 1MF 1MI 1MW   *\n" in drawn
+
+
+def test_a_plan_is_written_as_csv_and_read_checked_and_drawn_from_there(cpipe: Cpipe, tmp_path: Path) -> None:
+    asked = ["schedule", "--schedule", "interleaved", "--ranks", "2", "--micro-batches", "2"]
+    written = cpipe(*asked, "--format", "csv")
+    assert written == "0F0,0F1,2F0,2F1,2B0,2B1,0B0,0B1\n1F0,1F1,3F0,3B0,3F1,3B1,1B0,1B1\n"
+    file = tmp_path / "plan.csv"
+    file.write_text(written)
+    read = cpipe("schedule", "--schedule", str(file))
+    assert read.partition("\n\n")[0] == cpipe(*asked).partition("\n\n")[0]
+    assert "whole plan of 2 batches: 20 slots, 4 idle;" in read
+    assert cpipe("schedule", "--schedule", str(file), "--format", "csv") == written
+    said = cpipe.refused("schedule", "--schedule", str(file), "--stages", "4")
+    assert "a plan in a file has its own size: leave out --stages" in said
+
+
+def test_the_faults_of_a_plan_in_a_file_are_listed(tmp_path: Path) -> None:
+    file = tmp_path / "plan.csv"
+    file.write_text("0F0,0F1,0B0\n1F0,1B0,1B1\n")
+    with pytest.raises(PlanError) as caught:
+        main(["schedule", "--schedule", str(file)])
+    assert str(caught.value).splitlines() == [
+        "stage 1, row 2: B1 before F1",
+        "stage 0: F1 has no B1",
+        "stage 0: F1 as its F number 1, but stage 1 nothing",
+        "stage 0: nothing as its B number 1, but stage 1 B1",
+    ]
+
+
+def test_all_schedules_are_compared(cpipe: Cpipe) -> None:
+    printed = cpipe("schedule", "--compare", "--ranks", "2", "--micro-batches", "4", "--mini-batches", "50")
+    table, _, legend = printed.partition("\n\n")
+    lines = {line.split("|")[0].strip(): [cell.strip() for cell in line.split("|")[1:]] for line in table.splitlines()}
+    assert set(SCHEDULES) <= set(lines)
+    assert lines["1f1b"] == ["15", "20.0%", "2", "2 1", "1", "0"]
+    assert lines["zb"] == ["13", "7.7%", "2", "2", "1", "0"]
+    assert lines["continuous"][1:] == ["2.0%", "2", "2 1", "2 1", "1 0"]
+    assert "a run of 50 mini-batches" in legend
+    assert cpipe("schedule", "--compare", "--format", "markdown").startswith("| schedule | slots |")
 
 
 def test_an_unknown_command_is_refused_with_the_help(cpipe: Cpipe) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.schedules import Continuous, GPipe, OneFOneB, Schedule
+from lightning_cpipe.schedules import Continuous, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble
 from lightning_cpipe.schedules.check import (
     Fault,
     check,
@@ -15,6 +15,7 @@ from lightning_cpipe.schedules.check import (
     delays,
     live_versions,
     most_in_flight,
+    most_on_rank,
     versions,
 )
 from lightning_cpipe.schedules.clock import clock
@@ -23,7 +24,11 @@ from lightning_cpipe.schedules.transfers import with_transfers
 
 BOTH_RULES = pytest.mark.parametrize("sends_wait", [False, True], ids=["sends return", "sends wait"])
 
-SHIPPED = [Continuous(), Continuous(extra_in_flight=1), Continuous(extra_in_flight=2), GPipe(), OneFOneB()]
+SHIPPED = [
+    *(Continuous(), Continuous(extra_in_flight=1), Continuous(extra_in_flight=2)),
+    Continuous(early_input_gradient=True),
+    *(GPipe(), OneFOneB(), Interleaved(stages_per_rank=1), ZeroBubble()),
+]
 
 ACCUMULATING = [
     Continuous(accumulate=4),
@@ -105,6 +110,12 @@ def test_stages_may_be_written_out() -> None:
         ("0 | F0 B0 U0 | F1", ["stage 0: F1 has no B1"]),
         ("0 | F0 B0", ["stage 0: never updates"]),
         ("0 | 1F0 B0 U0", ["stage 0, row 0: 1F0 stands in the rows of stage 0"]),
+        ("0 | F0 I0 W0 U0", []),
+        ("0 | F0 W0 I0 U0", ["stage 0, row 0: W0 before I0"]),
+        ("0 | F0 I0 U0 W0", ["stage 0, row 0: U0 before B0"]),
+        ("0 | F0 I0 W0 U0 | F1 I1", ["stage 0: I1 has no W1"]),
+        ("0 | F0 B0 W0 U0", ["stage 0, row 0: W0 before I0", "stage 0, row 0: W0 besides B0"]),
+        ("0 | F0 I0 W0 B0 U0", ["stage 0, row 0: B0 besides I0"]),
     ],
 )
 def test_a_fault_of_order_names_stage_row_and_action(text: str, expected: list[str]) -> None:
@@ -120,6 +131,18 @@ def test_a_forward_that_one_stage_lacks_is_found_on_both_sides() -> None:
         "stage 0: F1 as its F number 1, but stage 1 nothing",
         "stage 1, row 1: B1 before F1",
     ]
+
+
+def test_a_whole_backward_may_meet_one_in_two_halves() -> None:
+    assert faults("0 | F0 B0 U0\n1 | F0 I0 W0 U0\n2 | F0 B0 U0") == []
+
+
+def test_halves_in_another_order_than_the_neighbours_backwards_are_found() -> None:
+    text = """
+        0 | F0 F1 | I1 I0 | W0 W1 U1
+        1 | F0 B0 | F1 B1 U1
+    """
+    assert faults(text) == ["stage 0: I1 as its I number 0, but stage 1 B0"]
 
 
 def test_neighbours_that_run_other_batches_or_another_order_are_found() -> None:
@@ -257,6 +280,14 @@ def test_the_walks_count_what_can_be_counted_by_hand() -> None:
     assert delays(plan, 0) == {0: 0, 1: 1, 2: 1, 3: 1}
     assert most_in_flight(plan, 0) == 3
     assert live_versions(plan, 0) == 2
+    assert most_on_rank(plan, 0) == 3
+    in_halves = Plan.parse("0 | F0 | F1 I0 | F2 I1 W0 U0 | I2 W1 U1 | W2 U2")
+    assert delays(in_halves, 0) == {0: 0, 1: 1, 2: 2}
+    assert most_in_flight(in_halves, 0) == 3
+    two_stages = Plan.parse("0 1 | 0F0 1F0 0F1 1B0 1U0 0B0 0U0 | 1F1 1B1 1U1 0B1 0U1")
+    assert (most_in_flight(two_stages, 0), most_in_flight(two_stages, 1), most_on_rank(two_stages, 0)) == (2, 1, 3)
+    assert versions(two_stages, 0) == {0: 0, 1: 0}
+    assert versions(two_stages, 1) == {0: 0, 1: 1}
     every_one = Plan.parse("0 | F0 | F1 | F2 B0 U0 | F3 B1 U1 | B2 U2 | B3 U3")
     assert delays(every_one, 0) == {0: 0, 1: 1, 2: 2, 3: 2}
     assert live_versions(every_one, 0) == 3

@@ -96,7 +96,7 @@ def test_the_rows_of_one_stage_are_its_part_of_those_of_its_rank() -> None:
 
 
 def test_stages_that_do_not_go_into_ranks_are_refused() -> None:
-    with pytest.raises(PlanError, match="5 stages do not go into ranks of 2: .* for example 4 or 6"):
+    with pytest.raises(PlanError, match=r"5 stages do not go into ranks of 2: .* for example 4 or 6"):
         Interleaved().plan(5, 4)
 
 

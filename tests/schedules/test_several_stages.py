@@ -77,7 +77,7 @@ def test_rank_0_which_is_the_last_line_holds_the_last_stage(placement: type) -> 
 
 @pytest.mark.parametrize("schedule", [Continuous(stages_per_rank=3), GPipe(stages_per_rank=3)], ids=str)
 def test_stages_that_do_not_go_into_ranks_are_refused(schedule: Schedule) -> None:
-    with pytest.raises(PlanError, match="8 stages do not go into ranks of 3: .* for example 6 or 9"):
+    with pytest.raises(PlanError, match=r"8 stages do not go into ranks of 3: .* for example 6 or 9"):
         schedule.plan(8, 4)
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lightning_cpipe.schedules import Continuous, GPipe, OneFOneB, Schedule
+from lightning_cpipe.schedules import Continuous, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.table import COLOURS, Bubbles, Table
 
@@ -30,6 +30,17 @@ ONE_F_ONE_B = """
     0F  * 1F  * 2F 0B 3F 1B  * 2B  * 3B
      * 0F  * 1F 0B 2F 1B 3F 2B  * 3B  *
      *  * 0F 0B 1F 1B 2F 2B 3F 3B  *  *
+"""
+
+INTERLEAVED = """
+    0F0 0F1 2F0  *  2F1 2B0  *  2B1 0B0 0B1
+     *  1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1  *
+"""
+
+ZERO_BUBBLE = """
+    0F  * 1F  * 2F 0I 0W 3F 1I 1W 2I 2W 3I 3W
+     * 0F  * 1F 0I 2F 1I 0W 3F 2I 1W 3I 2W 3W
+     *  * 0F 0I 1F 1I 2F 2I 0W 3F 3I 1W 2W 3W
 """
 
 # The picture of three mini-batches on two stages, seen through a window of five slots.
@@ -54,7 +65,13 @@ def table() -> Table:
 
 @pytest.mark.parametrize(
     ("schedule", "drawn", "p", "n"),
-    [(Continuous(), CONTINUOUS, 3, 3), (GPipe(), GPIPE, 3, 4), (OneFOneB(), ONE_F_ONE_B, 3, 4)],
+    [
+        (Continuous(), CONTINUOUS, 3, 3),
+        (GPipe(), GPIPE, 3, 4),
+        (OneFOneB(), ONE_F_ONE_B, 3, 4),
+        (Interleaved(), INTERLEAVED, 4, 2),
+        (ZeroBubble(), ZERO_BUBBLE, 3, 4),
+    ],
 )
 def test_the_cells_are_as_drawn(schedule: Schedule, drawn: str, p: int, n: int) -> None:
     assert shown(Table(schedule, p, n)) == cells(drawn)
@@ -75,7 +92,9 @@ def test_the_bubbles_of_the_window_and_of_the_run_are_counted_apart(table: Table
     assert table.in_run == Bubbles(16, 4, paper=2 / 5, slot_exact=4 / 16)
 
 
-@pytest.mark.parametrize("schedule", [Continuous(), Continuous(1), Continuous(2), GPipe(), OneFOneB()], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [Continuous(), Continuous(1), Continuous(2), GPipe(), OneFOneB(), ZeroBubble()], ids=str
+)
 def test_a_window_over_the_whole_run_counts_what_the_closed_forms_say(schedule: Schedule) -> None:
     for p, n in itertools.product(range(1, 9), range(1, 17)):
         table = Table(schedule, p, n)
@@ -99,6 +118,21 @@ def test_text_is_one_aligned_line_per_stage_with_the_slots_above(table: Table) -
         "",
         *table.summary(),
     ]
+
+
+def test_where_ranks_hold_several_stages_lines_begin_with_them() -> None:
+    table = Table(Interleaved(), 4, 2)
+    assert [line.split(" | ")[0] for line in table.text().splitlines()[:3]] == [
+        "slot       ",
+        "stages 0, 2",
+        "stages 1, 3",
+    ]
+    assert "| 1 3 | * | 1F0 |" in table.markdown()
+    told = json.loads(table.json())
+    assert told["held"] == [[0, 2], [1, 3]]
+    assert told["cells"][1][:2] == [None, "1F0"]
+    assert table.summary()[0].startswith("window of 10 slots x 2 ranks: 20 slots, 4 idle;")
+    assert ">stages 1, 3</text>" in table.svg()
 
 
 def test_columns_stay_aligned_where_numbers_grow() -> None:

@@ -6,12 +6,12 @@ import itertools
 
 import pytest
 
-from lightning_cpipe.schedules import Continuous, GPipe, OneFOneB, Schedule
+from lightning_cpipe.schedules import Continuous, GPipe, OneFOneB, Schedule, ZeroBubble
 from lightning_cpipe.schedules.action import Kind, format_row
 from lightning_cpipe.schedules.plan import Plan
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD, with_transfers
 
-COMPUTATION = (Kind.FORWARD, Kind.BACKWARD, Kind.UPDATE)
+COMPUTATION = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.UPDATE)
 
 # How a stage hands on: posted and received there, what was sent here, and how far the sender is.
 EDGES = [
@@ -21,8 +21,12 @@ EDGES = [
 
 EVERY_SCHEDULE = pytest.mark.parametrize(
     "schedule",
-    [Continuous(), Continuous(extra_in_flight=1), Continuous(accumulate=3, epoch_length=4), GPipe(), OneFOneB()],
-    ids=["continuous", "further ahead", "accumulating", "gpipe", "1f1b"],
+    [
+        *(Continuous(), Continuous(extra_in_flight=1), Continuous(accumulate=3, epoch_length=4)),
+        Continuous(early_input_gradient=True),
+        *(GPipe(), OneFOneB(), ZeroBubble()),
+    ],
+    ids=["continuous", "further ahead", "accumulating", "early", "gpipe", "1f1b", "zb"],
 )
 SIZES = list(itertools.product(range(1, 6), (1, 2, 3, 9)))
 
@@ -57,6 +61,11 @@ def test_the_whole_plan_is_as_drawn() -> None:
 def test_a_row_of_a_stage_in_the_middle_is_as_the_engine_runs_it() -> None:
     row = with_transfers(Continuous().plan(5, 9)).rows[1][3]
     assert format_row(row) == "POST_F5 RECV_F3 F3 POST_B3 SEND_F3 RECV_B0 B0 SEND_B0 U0"
+
+
+def test_the_input_gradient_leaves_before_the_gradients_of_the_weights() -> None:
+    row = with_transfers(Continuous(early_input_gradient=True).plan(5, 9)).rows[1][3]
+    assert format_row(row) == "POST_F5 RECV_F3 F3 POST_B3 SEND_F3 RECV_B0 I0 SEND_B0 W0 U0"
 
 
 def test_two_receives_are_posted_ahead_unless_asked_otherwise() -> None:
