@@ -14,6 +14,8 @@ import lightning_cpipe
 from lightning_cpipe.cli.schedule import main as command
 from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.schedules.check import check
+from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.schedules.table import Table
 
 PACKAGE = Path(lightning_cpipe.__file__).parent
@@ -74,3 +76,13 @@ def test_the_errors_of_the_table_are_said() -> None:
     assert len(quoted) == len(rows) > 10
     everything = said()
     assert [quote for quote in quoted if quote not in everything] == []
+
+
+def test_the_costs_of_the_version_policies_are_those_of_the_schedule() -> None:
+    table = (DOCS / "versions.md").read_text().partition("| updates late |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").replace("`", "").split(" | ") for line in table.splitlines()[2:]]
+    assert {name for name, *_ in rows} == set(POLICIES)
+    for name, accumulate, late, alive in rows:
+        schedule = Continuous(accumulate=int(accumulate), versions=POLICIES[name])
+        assert late.split() == [str(schedule.most_delay(stage, 4)) for stage in range(4)], (name, accumulate)
+        assert alive.split() == [str(schedule.live_versions(stage, 4)) for stage in range(4)], (name, accumulate)

@@ -140,7 +140,6 @@ def forecast(
     places = pairwise([0, *starts, len(names)])
     for stage, ((begin, end), memory) in enumerate(zip(places, needs.of_all(costs, starts))):
         sends = step_cut.passages[stage].sends
-        versions = needs.schedule.live_versions(stage, p)
         stages.append(
             StageForecast(
                 stage=stage,
@@ -149,8 +148,8 @@ def forecast(
                 backward_s=sum(block.backward_s for block in costs.blocks[begin:end]),
                 memory=memory,
                 in_flight=needs.in_flight(stage),
-                versions=versions,
-                delay=versions - 1,
+                versions=needs.schedule.live_versions(stage, p),
+                delay=needs.schedule.most_delay(stage, p),
                 sends=_bytes(sends, step_cut.templates),
                 gets_back=_bytes((each for each in sends if each.gradient), step_cut.templates),
             )

@@ -3,6 +3,7 @@
 training     the stream of training
 evaluation   the stream of an evaluation, forward only
 neighbours   a stage's ends of the lanes to the stages beside it
+choice       the version that each mini-batch uses
 decisions    what the last stage says to all others
 ties         parameters that several stages train
 shapes       what is known of the shapes of a batch

@@ -26,6 +26,7 @@ class MiniBatch:
         batch: as the loader gave it.
         fingerprint: of `batch`.
         signature: of `batch`.
+        updates_before: optimizer steps that come before its own; those that share one have the same.
     """
 
     number: int
@@ -33,6 +34,7 @@ class MiniBatch:
     batch: Any
     fingerprint: int
     signature: Signature
+    updates_before: int = 0
 
     @property
     def mark(self) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_cpipe.engine.choice import Choice
 from lightning_cpipe.engine.figures import Bookkeeper, StageFigures
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source, require_same
 from lightning_cpipe.engine.neighbours import Neighbours
@@ -209,7 +210,7 @@ class TrainingStream:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
         self._updated = number
         self._timeline.begin_update(number)
-        self.versions.advance()
+        self.versions.advance(self._choice.oldest_to_come(self._source))
 
     @contextmanager
     def updating(self) -> Iterator[None]:
@@ -239,6 +240,7 @@ class TrainingStream:
         self._actions: Iterator[Action] = (action for row in rows for action in row)
         self._next = next(self._actions)
         self._first = number
+        self._choice = Choice(self._schedule, stage, num_stages, number)
         self._to_post: deque[int] = deque()
         self._ran_dry = False
 
@@ -251,6 +253,9 @@ class TrainingStream:
     def _forget(self, number: int) -> None:
         self.versions.release(number)
         del self.in_flight[number]
+        # The last stage forwards nothing in advance, so this is where it learns that the others have run dry.
+        if not self.in_flight and self._module.num_stages > 1 and self._source.mini_batch(number + 1) is None:
+            self._ran_dry = True
 
     # ---- one method for each action ----
 
@@ -300,9 +305,9 @@ class TrainingStream:
         table = None if work.known is None else work.known.table
         for leaf, crossing in zip(work.received, self._passage.receives):
             leaf.requires_grad_(crossing.gradient)
-        with self._timeline.measure(FORWARD, number):
+        self.versions.use(number, self._choice.forward(mini_batch, min(self.in_flight), self.versions.count))
+        with self._timeline.measure(FORWARD, number), self.versions.of(number):
             self.before_forward(mini_batch, work.received, table or {})
-            self.versions.use(number)
             made = self._module.forward(
                 STEP, lambda: self._run_step(mini_batch), mini_batch.seed, work.received, table, describe=new
             )

@@ -9,6 +9,7 @@ flushed      GPipe and 1F1B, to compare with
 interleaved  interleaved 1F1B: several stages per rank
 zero_bubble  ZB-H1: backwards in two halves
 given        a plan that somebody else wrote
+policies     which version of the weights a mini-batch uses
 transfers    adds sends and receives to a plan
 check        lists every fault of a plan
 clock        gives every action its slot

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from lightning_cpipe.schedules.action import GRADIENT_LEAVES, Action, Kind
 from lightning_cpipe.schedules.plan import Plan
+from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import with_transfers
 
@@ -103,24 +104,19 @@ def check_transfers(plan: Plan, *, sends_wait: bool = False) -> list[Fault]:
     ]
 
 
-def versions(plan: Plan, stage: int) -> dict[int, int]:
-    """The version that each forward of `stage` finds, counted by walking: mini-batch -> number of updates before."""
-    found: dict[int, int] = {}
-    updates = 0
-    for action in plan.actions(stage):
-        if action.kind is Kind.FORWARD:
-            found[action.batch] = updates
-        elif action.kind is Kind.UPDATE:
-            updates += 1
-    return found
+def versions(plan: Plan, stage: int, policy: VersionPolicy = STASH) -> dict[int, int]:
+    """The version that each mini-batch uses on `stage`, counted by walking: mini-batch -> number of updates before."""
+    chosen = {batch: policy.chosen_by(stage, batch, start) for batch, start in _window_starts(plan, stage).items()}
+    newest = {chooser: _newest(plan, chooser) for chooser, _ in chosen.values()}
+    return {batch: newest[chooser][by] for batch, (chooser, by) in chosen.items() if by in newest[chooser]}
 
 
-def delays(plan: Plan, stage: int) -> dict[int, int]:
-    """The delay of each backward of `stage`, counted by walking: mini-batch -> version now - version used.
+def delays(plan: Plan, stage: int, policy: VersionPolicy = STASH) -> dict[int, int]:
+    """The delay of each mini-batch on `stage`, counted by walking: version at its backward - version used.
 
     Of a backward in two halves, that of the weight gradient.
     """
-    used = versions(plan, stage)
+    used = versions(plan, stage, policy)
     found: dict[int, int] = {}
     updates = 0
     for action in plan.actions(stage):
@@ -131,20 +127,51 @@ def delays(plan: Plan, stage: int) -> dict[int, int]:
     return found
 
 
-def live_versions(plan: Plan, stage: int) -> int:
-    """The largest number of versions that are needed at once on `stage`, counted by walking."""
-    used = versions(plan, stage)
+def live_versions(plan: Plan, stage: int, policy: VersionPolicy = STASH) -> int:
+    """The largest number of versions that are needed at once on `stage`, counted by walking.
+
+    Needed are the newest, those of the mini-batches in flight, and what the next forward uses and all after that.
+    """
+    if not policy.keeps:
+        return 1
+    used = versions(plan, stage, policy)
+    coming = deque(plan.batches(stage, Kind.FORWARD))
     in_flight: set[int] = set()
     updates = most = 0
     for action in plan.actions(stage):
         if action.kind is Kind.FORWARD:
-            in_flight.add(action.batch)
+            in_flight.add(coming.popleft())
         elif action.kind.frees:
             in_flight.discard(action.batch)
         elif action.kind is Kind.UPDATE:
             updates += 1
-        most = max(most, len({updates, *(used[batch] for batch in in_flight)}))
+        later = range(used[coming[0]] if coming else updates, updates)
+        most = max(most, len({updates, *(used[batch] for batch in in_flight), *later}))
     return most
+
+
+def _newest(plan: Plan, stage: int) -> dict[int, int]:
+    """The newest version at each forward of `stage`."""
+    found: dict[int, int] = {}
+    updates = 0
+    for action in plan.actions(stage):
+        if action.kind is Kind.FORWARD:
+            found[action.batch] = updates
+        elif action.kind is Kind.UPDATE:
+            updates += 1
+    return found
+
+
+def _window_starts(plan: Plan, stage: int) -> dict[int, int]:
+    """For each batch the first one that shares its update."""
+    updated = set(plan.batches(stage, Kind.UPDATE))
+    found: dict[int, int] = {}
+    start = 0
+    for batch in plan.batches(stage, Kind.FORWARD):
+        found[batch] = start
+        if batch in updated:
+            start = batch + 1
+    return found
 
 
 def most_in_flight(plan: Plan, stage: int) -> int:
@@ -266,6 +293,9 @@ def _promises(plan: Plan, schedule: Schedule) -> Iterator[Fault]:
         bound = schedule.in_flight(stage, p, len(plan.batches(stage, Kind.FORWARD)))
         if (most := most_in_flight(plan, stage)) > bound:
             yield Fault(stage, None, f"{most} in flight where {schedule.name} allows {bound}")
-        for batch, version in versions(plan, stage).items():
+        newest = _newest(plan, stage)
+        for batch, version in versions(plan, stage, schedule.versions).items():
+            if version > newest[batch]:
+                yield Fault(stage, None, f"F{batch} needs version {version} where {newest[batch]} is the newest")
             if version != (promised := schedule.version(stage, p, batch)):
                 yield Fault(stage, None, f"F{batch} finds version {version} where version {promised} is promised")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_cpipe.schedules.action import Row, backward, forward, input_gradient, update, weight_gradient
+from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
 
 
@@ -36,12 +37,14 @@ class Continuous(Schedule):
         early_input_gradient: whether a backward is split, so that the input gradient leaves before the gradients of
             the weights are made: ``F3 I0 W0 U0``. It shortens the time that a stage waits for the one after it; the
             numbers stay the same.
+        versions: which weights a mini-batch uses.
     """
 
     extra_in_flight: int = 0
     accumulate: int = 1
     epoch_length: int | None = None
     early_input_gradient: bool = False
+    versions: VersionPolicy = STASH
 
     name: ClassVar[str] = "continuous"
     unit: ClassVar[str] = "mini-batch"
@@ -76,17 +79,40 @@ class Continuous(Schedule):
         epochs, rest = divmod(batch, self.epoch_length)
         return epochs * -(-self.epoch_length // self.accumulate) + rest // self.accumulate
 
+    def window_start(self, batch: int) -> int:
+        """The first of the mini-batches that share an update with `batch`."""
+        in_epoch = batch if self.epoch_length is None else batch % self.epoch_length
+        return batch - in_epoch % self.accumulate
+
     def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
         """``lag + 1``: the mini-batches forwarded in advance, and the one at hand."""
         return min(self.lag(stage, num_stages) + 1, num_batches)
 
+    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
+        """``max(0, j - lag)`` of the stage and the mini-batch j that choose."""
+        chooser, chosen = self.versions.chosen_by(stage, batch, window_start)
+        lag = self.lag(chooser, num_stages)
+        # One stage alone has nothing to wait for.
+        return max(0, chosen - lag) if lag else batch
+
     def version(self, stage: int, num_stages: int, batch: int) -> int:
-        """The updates of the first ``batch - lag`` mini-batches; ``max(0, batch - lag)`` where each one updates."""
-        return self.updates_before(max(0, batch - self.lag(stage, num_stages)))
+        """The updates before `chosen_at`; ``max(0, batch - lag)`` where each mini-batch updates and stages choose."""
+        return self.updates_before(self.chosen_at(stage, num_stages, batch, self.window_start(batch)))
 
     def delay(self, stage: int, num_stages: int, batch: int) -> int:
-        """The updates of the last ``lag`` mini-batches before `batch`; ``lag`` in the steady state."""
+        """The updates since `chosen_at`; ``lag`` in the steady state where each mini-batch updates and stages choose.
+
+        Where older versions are not kept, this is the delay of the forward; the backward has none.
+        """
         return self.updates_before(batch) - self.version(stage, num_stages, batch)
+
+    def most_delay(self, stage: int, num_stages: int) -> int:
+        """The largest delay in the steady state.
+
+        ``ceil(lag / accumulate)`` where stages choose, and one more for each end of an epoch that cuts an accumulation
+        short on the way.
+        """
+        return max(self.delay(stage, num_stages, batch) for batch in self._steady(num_stages))
 
     def rows_late(self, user: int, owner: int) -> int:
         """The least number of rows with a slot to spare for the message: ``(owner - user) * max(1, extra) // 2 + 1``.
@@ -97,15 +123,25 @@ class Continuous(Schedule):
         return (owner - user) * max(1, self.extra_in_flight) // 2 + 1
 
     def live_versions(self, stage: int, num_stages: int) -> int:
-        """The largest number of versions that some mini-batch in flight, or the next forward, needs at once.
+        """The largest number of versions that some mini-batch in flight, or some later forward, needs at once.
 
-        That is one more than the updates that fit into `lag` local steps: ``ceil(lag / accumulate)``, and one more
-        for each end of an epoch that cuts an accumulation short on the way.
+        The newest counts, too. That is one more than the delay, except that 2bw may pass over a version: after an
+        accumulation that was cut short.
         """
-        lag = self.lag(stage, num_stages)
-        period = self.accumulate if self.epoch_length is None else self.epoch_length
-        windows = (self.updates_before(start + lag) - self.updates_before(start) for start in range(period))
-        return 1 + max(windows)
+        if not self.versions.keeps:
+            return 1
+        return max(len(self._needed(stage, num_stages, step)) for step in self._steady(num_stages))
+
+    def _needed(self, stage: int, num_stages: int, step: int) -> set[int]:
+        """The versions that are needed when local step `step` begins."""
+        coming = step + self.lag(stage, num_stages)
+        in_flight = {self.version(stage, num_stages, batch) for batch in range(step, coming)}
+        return in_flight | set(range(self.version(stage, num_stages, coming), self.updates_before(step) + 1))
+
+    def _steady(self, num_stages: int) -> range:
+        """One period of local steps, late enough to remember nothing of the start."""
+        begun = self.lag(0, num_stages) + self.accumulate
+        return range(begun, begun + (self.epoch_length or self.accumulate))
 
     @property
     def slots_per_batch(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_cpipe.schedules.action import Row, backward, forward, update
+from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
 
 
@@ -16,6 +17,15 @@ class Flushed(Schedule, ABC):
     """What the flush schedules have in common: one update per plan, so no delay and one version."""
 
     unit: ClassVar[str] = "micro-batch"
+
+    @property
+    def versions(self) -> VersionPolicy:
+        """Any: there is but one."""
+        return STASH
+
+    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
+        """0: nothing changes before the last row."""
+        return 0
 
     def version(self, stage: int, num_stages: int, batch: int) -> int:
         """0: all micro-batches of a mini-batch see the same weights."""

@@ -13,6 +13,7 @@ from lightning_cpipe.schedules.check import delays, most_in_flight, versions
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.exchange import read_csv
 from lightning_cpipe.schedules.plan import Held, Plan
+from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
 
 
@@ -40,6 +41,15 @@ class Given(Schedule):
             return cls(read_csv(Path(path).read_text()))
         except OSError as error:
             raise PlanError(f"the plan {str(path)!r} can't be read: {error.strerror}.") from error
+
+    @property
+    def versions(self) -> VersionPolicy:
+        """Each mini-batch uses the newest one that it finds."""
+        return STASH
+
+    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
+        """The row of its forward."""
+        return batch
 
     @property
     def num_batches(self) -> int:

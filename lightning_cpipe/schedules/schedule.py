@@ -10,6 +10,7 @@ from typing import ClassVar
 from lightning_cpipe.schedules.action import Row
 from lightning_cpipe.schedules.placement import neighbouring
 from lightning_cpipe.schedules.plan import Held, Plan
+from lightning_cpipe.schedules.policies import VersionPolicy
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Schedule(ABC):
     """What one action is about: ``mini-batch`` or ``micro-batch``."""
     mark: ClassVar[str] = ""
     """What the paper writes between the number and the letter in a table: ``M`` for whole mini-batches."""
+
+    @property
+    @abstractmethod
+    def versions(self) -> VersionPolicy:
+        """Which weights a mini-batch uses."""
 
     @abstractmethod
     def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
@@ -89,8 +95,19 @@ class Schedule(ABC):
         """The largest number of batches that `stage` has forwarded and not yet backwarded."""
 
     @abstractmethod
+    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
+        """The local step at whose beginning the version was the newest that `batch` uses on `stage`.
+
+        Args:
+            stage: which.
+            num_stages: p.
+            batch: counted from where the pipeline was filled, as local steps are.
+            window_start: the first batch that shares an update with `batch`.
+        """
+
+    @abstractmethod
     def version(self, stage: int, num_stages: int, batch: int) -> int:
-        """The version (number of updates) of `stage` that the forward and the backward of `batch` use."""
+        """The version (number of updates) of `stage` that `batch` uses."""
 
     @abstractmethod
     def delay(self, stage: int, num_stages: int, batch: int) -> int:

@@ -1,13 +1,17 @@
-"""Keeps the weights that the mini-batches in flight were forwarded with.
+"""Keeps the weights that mini-batches in flight, or to come, use.
 
-A version is one flat buffer per dtype that holds all trainable parameters of the stage. A forward uses the parameters
-as they are. Before an update, the newest version is copied into a free buffer and the parameters are pointed there,
-so that the update does not touch what mini-batches in flight still need. During the backward of mini-batch i the
-parameters point at the version that forward i used, then back.
+A version is one flat buffer per dtype that holds all trainable parameters of the stage. The parameters are the newest
+one. Before an update, it is copied into a free buffer and the parameters are pointed there, so that the update does not
+touch what is still needed. During the forward and the backward of mini-batch i the parameters point at the version
+that i uses, then back.
 
 Pointing at the version is what makes every way right in which a module can keep its weights between forward and
 backward. Saved tensors would be right without it for some modules, but `nn.LayerNorm` saves the parameter object,
 a custom function may keep it on `ctx`, and activation checkpointing reads the weights again.
+
+Where older versions are not kept, every update is in place, and autograd is not told: what a module kept of its weights
+in the forward lies in the same memory, so its backward uses the newest ones. What it computed from them, such as the
+product of `weight_norm` or a cast of autocast, stays what it was.
 
 What the user knows stays: the parameter objects, their hooks, their `.grad`, the optimizer's state.
 """
@@ -66,19 +70,24 @@ class Version:
 class Versions:
     """The versions of one stage's trainable parameters.
 
-    Where nothing is in flight at an update (on the last stage) nothing is copied: the update is in place.
+    Where nothing that is still needed would be written into (on the last stage, as a rule) nothing is copied: the
+    update is in place.
 
     Args:
         named: trainable parameters, each once, with their names.
+        keeps: whether a backward uses what its forward used; if not, no older version is kept.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], keeps: bool = True) -> None:
         self.named = dict(named)
         """The parameters by name."""
+        self._keeps = keeps
         self._parameters = list(self.named.values())
         self._counters = [parameter._version for parameter in self._parameters]
         self._newest = Version([parameter.data for parameter in self._parameters])
-        self._used_by: dict[int, tuple[Version, int]] = {}
+        self._older: dict[int, Version] = {}
+        self._used_by: dict[int, int] = {}
+        self._oldest_to_come = 0
         self._free: list[Version] = []
         self.count = 0
         """Updates so far: the number of the newest version."""
@@ -86,63 +95,77 @@ class Versions:
     @property
     def alive(self) -> int:
         """How many versions hold memory, the newest included."""
-        return len({id(version) for version, _ in self._used_by.values()} | {id(self._newest)}) + len(self._free)
+        return 1 + len(self._older) + len(self._free)
 
-    def use(self, batch: int) -> None:
-        """The forward of `batch` uses the newest version.
+    def use(self, batch: int, number: int | None = None) -> None:
+        """From its forward to its backward, `batch` uses this version: the newest, or an older one that was kept.
 
         Raises:
             WeightWrittenError: if a parameter was written to since the last update although batches in flight need it.
         """
         self._accept_writes()
-        self._used_by[batch] = self._newest, self.count
+        self._used_by[batch] = self.count if number is None else number
 
     def number_of(self, batch: int) -> int:
         """The number of the version that the forward of `batch` used."""
-        return self._used_by[batch][1]
+        return self._used_by[batch]
 
     @contextmanager
     def of(self, batch: int) -> Iterator[None]:
-        """The parameters are what the forward of `batch` used.
+        """The parameters are what `batch` uses.
 
         Raises:
             WeightWrittenError: see `use`.
         """
         self._accept_writes()
-        used, _ = self._used_by[batch]
-        if used is self._newest:
+        number = self._used_by[batch]
+        if number == self.count or not self._keeps:
             yield
             return
-        self._point_at(used)
+        self._point_at(self._older[number])
         try:
             yield
         finally:
             self._point_at(self._newest)
 
     def release(self, batch: int) -> None:
-        """The backward of `batch` is done; its version is free once no other batch needs it."""
-        used, _ = self._used_by.pop(batch)
-        if used is not self._newest and used.flats and not self._in_use(used):
-            self._free.append(used)
+        """The backward of `batch` is done; its version is free once nothing else needs it."""
+        del self._used_by[batch]
+        self._free_unneeded()
 
-    def advance(self) -> None:
-        """Make room for an update: the next one writes into memory that no batch in flight needs."""
+    def advance(self, oldest_to_come: int | None = None) -> None:
+        """Make room for an update: the next one writes into memory that nothing else needs.
+
+        Args:
+            oldest_to_come: the oldest version that a forward after the update will use; None for the new one.
+        """
+        before = self.count
         self.count += 1
-        if not self._in_use(self._newest):
+        self._oldest_to_come = self.count if oldest_to_come is None else oldest_to_come
+        self._free_unneeded()
+        if not self._keeps or not self._is_needed(before):
             return
         following = self._free.pop() if self._free else Version.flat_like(self._parameters)
         following.copy_from(self._newest)
+        self._older[before] = self._newest
         self._newest = following
         self._point_at(following)
 
-    def _in_use(self, version: Version) -> bool:
-        return any(used is version for used, _ in self._used_by.values())
+    def _is_needed(self, number: int) -> bool:
+        return number >= self._oldest_to_come or number in self._used_by.values()
+
+    def _free_unneeded(self) -> None:
+        for number in [number for number in self._older if not self._is_needed(number)]:
+            # The memory that the parameters came with is not flat; nothing is copied into it.
+            if (version := self._older.pop(number)).flats:
+                self._free.append(version)
 
     @contextmanager
     def updating(self) -> Iterator[None]:
         """Writes into the parameters inside are updates, which autograd need not know of.
 
-        The graphs in flight saved other versions' storage; the counters that would tell them otherwise are put back.
+        The graphs in flight saved other versions' storage, or shall see the update; the counters that would tell them
+        otherwise are put back.
         """
         try:
             yield
@@ -150,14 +173,19 @@ class Versions:
             set_version_counters(self._parameters, self._counters)
         # An optimizer may bind the parameters to other memory (`p.data = ...`) instead of writing into theirs.
         if any(p.data_ptr() != data.data_ptr() for p, data in zip(self._parameters, self._newest.data)):
-            self._newest = Version([parameter.data for parameter in self._parameters])
+            bound = Version([parameter.data for parameter in self._parameters])
+            if self._keeps:
+                self._newest = bound
+            else:
+                self._newest.copy_from(bound)
+                self._point_at(self._newest)
 
     def _accept_writes(self) -> None:
-        """A hook after an update may write into the newest version, which nothing in flight has used yet."""
+        """A hook after an update may write into the newest version, unless something in flight used it as it was."""
         now = [parameter._version for parameter in self._parameters]
         if now == self._counters:
             return
-        if self._in_use(self._newest):
+        if self._keeps and self.count in self._used_by.values():
             written = [name for name, was, is_ in zip(self.named, self._counters, now) if was != is_]
             raise WeightWrittenError(
                 f"{', '.join(written)} changed outside the optimizer's step, while mini-batches in flight had been"

@@ -16,7 +16,6 @@ class Drawn(MiniBatch):
         epoch: which it belongs to.
         index: its place in the epoch: Lightning's `batch_idx`.
         is_last: whether it ends the epoch.
-        global_step: the optimizer steps that come before its own.
         places: of those loaders that know theirs, after it was drawn.
         prepared: on the stage's device; made when it is first needed.
     """
@@ -24,7 +23,6 @@ class Drawn(MiniBatch):
     epoch: int = 0
     index: int = 0
     is_last: bool = False
-    global_step: int = 0
     places: list[Any] = field(default_factory=list)
     prepared: list[Any] = field(default_factory=list)
 

@@ -254,7 +254,7 @@ def at_its_own_time(trainer: pl.Trainer, drawn: Drawn) -> Iterator[None]:
     """Inside, `global_step` and `current_epoch` read as they will when the loop comes to this mini-batch."""
     loop = trainer.fit_loop.epoch_loop
     assert isinstance(loop, PipelineEpochLoop)
-    loop.as_of.global_step = drawn.global_step
+    loop.as_of.global_step = drawn.updates_before
     try:
         with as_of(trainer, drawn.epoch):
             yield

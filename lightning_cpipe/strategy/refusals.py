@@ -7,7 +7,7 @@ from typing import Any, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -16,6 +16,8 @@ from torch import nn
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules import SCHEDULES
+from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.step_names import STEPS
@@ -76,10 +78,8 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches;"
             f" micro-batches come with the flush schedules. {LATER}"
         )
-    if asked.versions == "latest":
-        yield f"versions={asked.versions!r}: only 'stash' for now. {LATER}"
-    elif asked.versions != "stash":
-        yield f"versions={asked.versions!r}: there is none of that name; there are 'stash' and 'latest'."
+    if asked.versions not in POLICIES:
+        yield f"versions={asked.versions!r}: there is none of that name; there are {', '.join(map(repr, POLICIES))}."
     if asked.remedy is not None:
         yield f"remedy={asked.remedy!r}: none for now. {LATER}"
     if asked.extra_in_flight < 0:
@@ -140,6 +140,23 @@ def reasons_in_trainer(
         yield (
             "automatic_optimization=False: in a pipeline the forward and the backward of one step are about different"
             " mini-batches, which only automatic optimization can arrange. Let `training_step` return the loss."
+        )
+
+
+def reasons_in_accumulation(trainer: pl.Trainer, schedule: Continuous, num_stages: int) -> Iterator[str]:
+    """Whether enough mini-batches share an update, at all times."""
+    if not trainer.training or not schedule.versions.of_window:
+        return
+    numbers = [trainer.accumulate_grad_batches]
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            numbers = list(callback.scheduling.values())
+    least = schedule.lag(0, num_stages)
+    if min(numbers) < least:
+        yield (
+            f"versions={schedule.versions.name!r} with accumulate_grad_batches={min(numbers)}: for two versions to be"
+            f" enough, at least {least} mini-batches must share an update, as many as stage 0 of {num_stages} is ahead."
+            f" Set accumulate_grad_batches={least} or more, or versions='stash', which takes any number."
         )
 
 

@@ -66,7 +66,8 @@ class Steps:
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
-        training = self._run.train(schedule, Versions(own), fetcher_of(self._trainer), self._run_training_step)
+        versions = Versions(own, schedule.versions.keeps)
+        training = self._run.train(schedule, versions, fetcher_of(self._trainer), self._run_training_step)
         if self._several:
             training.before_forward = self._look
         return training

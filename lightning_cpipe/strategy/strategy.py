@@ -31,6 +31,7 @@ from lightning_cpipe.errors import CutError, LostNumbersError
 from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap, let_tensors_into_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
@@ -56,6 +57,7 @@ from lightning_cpipe.strategy.options import Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes, stage_of
 from lightning_cpipe.strategy.refusals import (
     clips_by_norm,
+    reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
     reasons_in_trainer,
@@ -97,7 +99,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         memory_limit: what a stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
             bytes. None for as much as it takes.
-        versions: which weights a backward uses; ``stash``: those of its forward.
+        versions: which weights a mini-batch uses on a stage. ``stash``: the newest at its forward, in the backward
+            too. ``latest``: the newest at each, so no copies, and biased gradients. ``vertical``: on all stages those
+            that stage 0 had at its forward. ``2bw``: those before the newest, on all stages; it takes
+            `accumulate_grad_batches` of (p - 1) (1 + `extra_in_flight`) or more.
         remedy: a rule against delay; none for now.
         extra_in_flight: how much further forwards run ahead, in multiples of the least lag. Hides the time of the
             transfers and absorbs jitter, at up to twice the delay.
@@ -127,7 +132,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         num_microbatches: int = 1,
         split_points: list[str] | Literal["auto"] = "auto",
         memory_limit: str | int | None = None,
-        versions: Literal["stash", "latest"] = "stash",
+        versions: Literal["stash", "latest", "vertical", "2bw"] = "stash",
         remedy: str | None = None,
         extra_in_flight: int = 0,
         cross_epoch: bool = True,
@@ -169,7 +174,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             start_method=start_method,
         )
         self._num_nodes = 1
-        self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight))
+        self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight), versions=POLICIES.get(versions, STASH))
         self._seed = 0
         self._stream: Stream | None = None
         self._processes: Processes | None = None
@@ -286,8 +291,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
             )
 
     def _refuse(self, trainer: pl.Trainer, num_stages: int) -> None:
-        in_options = reasons_in_options(self._options, num_stages, self.root_device)
-        refuse([*in_options, *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages)])
+        reasons = [
+            *reasons_in_options(self._options, num_stages, self.root_device),
+            *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages),
+            *reasons_in_accumulation(trainer, self._schedule, num_stages),
+        ]
+        refuse(reasons)
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
@@ -656,9 +665,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return {**training.figures, self.stage: training.books.figures()}
 
     def promised_delay(self, stage: int) -> int:
-        """How many updates old a stage's gradient is in the steady state, by the plan."""
+        """How many updates old a stage's gradient is in the steady state, by the plan.
+
+        With ``versions="latest"``, that of its forward.
+        """
         schedule = replace(self._schedule, accumulate=self._module.trainer.accumulate_grad_batches)
-        return schedule.live_versions(stage, self.num_stages) - 1
+        return schedule.most_delay(stage, self.num_stages)
 
     @property
     def forward_flops(self) -> int:

@@ -21,7 +21,7 @@ class UpdateCount:
 
     def count(self, drawn: Drawn) -> None:
         """Tell a mini-batch the steps that come before its own; it comes after all that were counted before."""
-        drawn.global_step = self.planned
+        drawn.updates_before = self.planned
         if drawn.is_last or (drawn.index + 1) % self._trainer.accumulate_grad_batches == 0:
             self.planned += 1
 

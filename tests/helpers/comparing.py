@@ -31,15 +31,23 @@ class Found:
         cut: of the module.
         gradients: of the first mini-batch, on this stage.
         buffers: at the end; whole on rank 0.
+        most_alive: versions that held memory on this stage at once.
+        most_delay: of its gradients, as measured.
+        promised_delay: as promised.
     """
 
     cut: Cut
     gradients: Numbers
     buffers: Numbers
+    most_alive: int
+    most_delay: int
+    promised_delay: int
 
 
-class FirstStep(pl.Callback):
-    """Notes the cut, and the gradients of the first mini-batch."""
+class Witness(pl.Callback):
+    """Notes the cut, the gradients of the first mini-batch, and what the versions of the weights cost."""
+
+    most_alive = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.cut = trainer.strategy.stage_run.module.cut
@@ -49,11 +57,18 @@ class FirstStep(pl.Callback):
         named = pl_module.named_parameters()
         self.gradients = self.gradients or {name: p.grad.clone() for name, p in named if p.grad is not None}
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        training = trainer.strategy.stage_run.training
+        self.most_alive = max(self.most_alive, training.versions.alive)
+        self.most_delay = training.books.figures().most_delay
+        self.promised_delay = trainer.strategy.promised_delay(trainer.strategy.stage)
+
 
 def look(trainer: pl.Trainer, module: pl.LightningModule) -> Found:
-    """What a `FirstStep` noted, after the fit."""
-    noted = next(each for each in trainer.callbacks if isinstance(each, FirstStep))
-    return Found(noted.cut, noted.gradients, {name: buffer.clone() for name, buffer in module.named_buffers()})
+    """What a `Witness` noted, after the fit."""
+    seen = next(each for each in trainer.callbacks if isinstance(each, Witness))
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return Found(seen.cut, seen.gradients, buffers, seen.most_alive, seen.most_delay, seen.promised_delay)
 
 
 def require_equal_to_reference(
@@ -85,7 +100,7 @@ def require_equal_to_reference(
         module,
         train,
         strategy=strategy,
-        callbacks=lambda: [FirstStep()],
+        callbacks=lambda: [Witness()],
         look=look,
         seed=SEED,
         max_epochs=epochs,
@@ -105,6 +120,7 @@ def require_equal_to_reference(
         strategy.get("extra_in_flight", 0),
         partial(random_numbers_of, whole.module, seen.found.cut),
         aliases,
+        strategy.get("versions", "stash"),
     )
     # Lightning shows the loss divided by `accumulate`.
     assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in losses] == seen.losses

@@ -2,6 +2,7 @@
 
 Stage s runs the forward of mini-batch j with its weights after ``max(0, j - lag)`` mini-batches, where lag = p - 1 - s,
 and updates with the gradient of mini-batch j when its own count of mini-batches is j. That is all a pipeline may do.
+Other policies use older weights, of the same number of mini-batches on all stages, or newer ones in the backward.
 
 A parameter under several names on several stages is updated by the last of them, the owner. It adds the gradient of
 another stage some mini-batches later, and both have the new weights when their counts of mini-batches are the same.
@@ -29,6 +30,7 @@ def train_delayed(
     extra_in_flight: int = 0,
     random_of: Callable[[int], Any] = lambda j: contextlib.nullcontext(),
     aliases: Mapping[str, str] | None = None,
+    policy: str = "stash",
 ) -> list[float]:
     """Train `module` in place.
 
@@ -42,6 +44,7 @@ def train_delayed(
         extra_in_flight: multiplies the lag by one more than this.
         random_of: the random scope of mini-batch j.
         aliases: further names that a stage uses for a parameter, with the name in `stages`.
+        policy: which weights a mini-batch uses: ``stash``, ``latest``, ``vertical`` or ``2bw``.
 
     Returns:
         The loss of each mini-batch.
@@ -55,13 +58,24 @@ def train_delayed(
     ]
     history = [[{n: own[n].detach().clone().requires_grad_() for n in names}] for names in stages]
     losses = []
+    window_start = 0
     for j, (batch, updates) in enumerate(batches):
-        used = [versions[max(0, j - lag)] for versions, lag in zip(history, lags)]
-        weights = {name: weight for version in used for name, weight in version.items()}
+        places = {
+            "stash": [j - lag for lag in lags],
+            "latest": [j - lag for lag in lags],
+            "vertical": [j - lags[0] for _ in lags],
+            "2bw": [window_start - lags[0] for _ in lags],
+        }[policy]
+        used = [versions[max(0, place)] for versions, place in zip(history, places)]
+        weights = {name: weight.detach().clone().requires_grad_() for at in used for name, weight in at.items()}
         named = weights | {alias: weights[name] for alias, name in (aliases or {}).items()}
         with random_of(j):
             loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
         losses.append(loss.item())
+        if policy == "latest":
+            # Into the memory that the forward read, so that whatever the graph kept of it reads the newest.
+            for name, weight in weights.items():
+                weight.data.copy_(own[name].data)
         found = dict(zip(weights, torch.autograd.grad(loss / accumulate, list(weights.values()))))
         due = {}
         for s, names in enumerate(stages):
@@ -73,6 +87,7 @@ def train_delayed(
         for name, gradient in (*found.items(), *due.items()):
             own[name].grad = gradient if own[name].grad is None else own[name].grad + gradient
         if updates:
+            window_start = j + 1
             for optimizer, scheduler in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -1,13 +1,16 @@
 """The continuous schedule draws the rows of its docstring, and its closed forms say what walking the plan counts.
 
-The walk is done for 1 to 8 stages, 1 to 16 mini-batches, up to 2 times more in flight, accumulation over 1 to 5, and
-epochs that these do not divide.
+The walk is done for 1 to 8 stages, 1 to 16 mini-batches, up to 2 times more in flight, accumulation over 1 to 5,
+epochs that these do not divide, and every version policy.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -16,6 +19,7 @@ from lightning_cpipe.schedules.check import delays, live_versions, most_in_fligh
 from lightning_cpipe.schedules.clock import WHOLE_BACKWARD_TWICE, clock, span
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.plan import Plan
+from lightning_cpipe.schedules.policies import LATEST, POLICIES, STASH, TWO_BUFFERED, VERTICAL, VersionPolicy
 from lightning_cpipe.schedules.table import Table
 
 STAGES = range(1, 9)
@@ -26,6 +30,7 @@ EPOCH_LENGTHS = (None, 1, 3, 7)
 
 Runs = list[tuple[Continuous, int, int, Plan]]
 
+EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 EVERY_STAGE_COUNT = pytest.mark.parametrize("p", STAGES)
 
 FOUR_STAGES = """
@@ -128,34 +133,104 @@ def test_no_more_is_in_flight_than_lag_plus_one(runs: Runs) -> None:
             assert most_in_flight(plan, s) == schedule.in_flight(s, p, n), (schedule, n, s)
 
 
-def test_every_forward_finds_the_version_that_is_promised(runs: Runs) -> None:
-    for schedule, p, n, plan in runs:
+@EVERY_POLICY
+def test_every_mini_batch_uses_the_version_that_is_promised(runs: Runs, policy: VersionPolicy) -> None:
+    for schedule, p, n, plan in under(policy, runs):
         for s in range(p):
             promised = {j: schedule.version(s, p, j) for j in range(n)}
-            assert versions(plan, s) == promised, (schedule, n, s)
+            assert versions(plan, s, policy) == promised, (schedule, n, s)
 
 
-def test_every_backward_comes_as_late_as_is_promised(runs: Runs) -> None:
-    for schedule, p, n, plan in runs:
+@EVERY_POLICY
+def test_every_backward_comes_as_late_as_is_promised(runs: Runs, policy: VersionPolicy) -> None:
+    for schedule, p, n, plan in under(policy, runs):
         for s in range(p):
             promised = {j: schedule.delay(s, p, j) for j in range(n)}
-            assert delays(plan, s) == promised, (schedule, n, s)
+            assert delays(plan, s, policy) == promised, (schedule, n, s)
 
 
-def test_short_runs_never_need_more_versions_than_promised(runs: Runs) -> None:
-    for schedule, p, n, plan in runs:
+@EVERY_POLICY
+def test_a_version_is_there_before_it_is_used(runs: Runs, policy: VersionPolicy) -> None:
+    for schedule, p, n, plan in under(policy, runs):
         for s in range(p):
-            assert live_versions(plan, s) <= schedule.live_versions(s, p), (schedule, n, s)
+            used, newest = versions(plan, s, policy), versions(plan, s)
+            assert all(used[j] <= newest[j] for j in range(n)), (schedule, n, s)
+
+
+@EVERY_POLICY
+def test_short_runs_never_need_more_versions_nor_come_later_than_promised(runs: Runs, policy: VersionPolicy) -> None:
+    for schedule, p, n, plan in under(policy, runs):
+        for s in range(p):
+            live, delay = promised(schedule, s, p)
+            assert live_versions(plan, s, policy) <= live, (schedule, n, s)
+            assert max(delays(plan, s, policy).values()) <= delay, (schedule, n, s)
+
+
+@EVERY_POLICY
+@pytest.mark.parametrize("extra", EXTRA)
+def test_long_runs_need_exactly_the_versions_that_are_promised(extra: int, policy: VersionPolicy) -> None:
+    p = max(STAGES)
+    for accumulate, length in itertools.product(ACCUMULATE, (*EPOCH_LENGTHS, 2, 11)):
+        schedule = Continuous(extra, accumulate, length, policy)
+        plan = schedule.plan(p, 2 * (schedule.lag(0, p) + accumulate) + (length or accumulate))
+        for s in range(p):
+            assert live_versions(plan, s, policy) == schedule.live_versions(s, p), (schedule, s)
+            assert max(delays(plan, s, policy).values()) == schedule.most_delay(s, p), (schedule, s)
+
+
+@cache
+def promised(schedule: Continuous, stage: int, p: int) -> tuple[int, int]:
+    """Versions that live at once, and the largest delay."""
+    return schedule.live_versions(stage, p), schedule.most_delay(stage, p)
+
+
+def under(policy: VersionPolicy, runs: Runs) -> Iterator[tuple[Continuous, int, int, Plan]]:
+    """The same runs, whose rows no policy changes; fewer of them under those that are not the default."""
+    for schedule, p, n, plan in runs if policy == STASH else runs[::11]:
+        yield replace(schedule, versions=policy), p, n, plan
+
+
+def test_the_policies_differ_in_who_chooses() -> None:
+    p, seen = 4, range(8)
+    assert [Continuous(versions=VERTICAL).version(s, p, 7) for s in range(p)] == [4] * p
+    assert [Continuous(versions=STASH).version(s, p, 7) for s in range(p)] == [4, 5, 6, 7]
+    assert [Continuous(versions=LATEST).version(s, p, 7) for s in range(p)] == [4, 5, 6, 7]
+    two = Continuous(accumulate=4, versions=TWO_BUFFERED)
+    assert [[two.version(s, p, j) for j in (*seen, 8)] for s in range(p)] == [[0] * 8 + [1]] * p
+    stash = Continuous(accumulate=4)
+    assert [[stash.version(s, p, j) for j in seen] for s in (0, 3)] == [[0] * 7 + [1], [0] * 4 + [1] * 4]
+    live = [[Continuous(versions=each).live_versions(s, p) for s in range(p)] for each in POLICIES.values()]
+    assert dict(zip(POLICIES, live)) == {
+        "stash": [4, 3, 2, 1],
+        "latest": [1, 1, 1, 1],
+        "vertical": [4, 4, 4, 4],
+        "2bw": [4, 4, 4, 4],
+    }
 
 
 @pytest.mark.parametrize("extra", EXTRA)
-def test_long_runs_need_exactly_the_versions_that_are_promised(extra: int) -> None:
-    p = max(STAGES)
-    for accumulate, length in itertools.product(ACCUMULATE, (*EPOCH_LENGTHS, 2, 11)):
-        schedule = Continuous(extra, accumulate, length)
-        plan = schedule.plan(p, 2 * schedule.lag(0, p) + (length or accumulate))
+@EVERY_STAGE_COUNT
+def test_2bw_is_one_update_late_everywhere_from_an_accumulation_over_the_lag_of_stage_0_on(p: int, extra: int) -> None:
+    lag = Continuous(extra).lag(0, p)
+    for accumulate in range(max(1, lag), lag + 5):
+        schedule = Continuous(extra, accumulate, versions=TWO_BUFFERED)
         for s in range(p):
-            assert live_versions(plan, s) == schedule.live_versions(s, p), (schedule, s)
+            expected = [min(1, j // accumulate, lag) for j in range(4 * accumulate)]
+            assert [schedule.delay(s, p, j) for j in range(4 * accumulate)] == expected
+            assert schedule.live_versions(s, p) == 1 + min(1, lag)
+    if lag > 1:
+        assert Continuous(extra, lag - 1, versions=TWO_BUFFERED).most_delay(0, p) == 2
+
+
+def test_2bw_is_two_updates_late_after_an_accumulation_that_an_epoch_s_end_cut_short() -> None:
+    schedule, p = Continuous(accumulate=3, epoch_length=4, versions=TWO_BUFFERED), 4
+    #                                                     updates:     1  2        3  4        5  6
+    assert [schedule.version(0, p, j) for j in range(13)] == [0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 4, 4]
+    assert [schedule.delay(3, p, j) for j in range(13)] == [0, 0, 0, 1, 2, 2, 2, 1, 2, 2, 2, 1, 2]
+    # Version 1 is passed over: stage 0, which is the furthest ahead, never keeps it.
+    assert [schedule.live_versions(s, p) for s in range(p)] == [2, 3, 3, 3]
+    long_enough = replace(schedule, epoch_length=6)
+    assert [long_enough.live_versions(s, p) for s in range(p)] == [2] * p
 
 
 def test_with_one_update_per_mini_batch_the_version_is_the_mini_batch_minus_the_lag() -> None:

@@ -1,7 +1,8 @@
-"""However a module keeps its weights between forward and backward, its gradients are those of the forward's version.
+"""However a module keeps its weights between forward and backward, its gradients are those of the version it must use.
 
 The rows of the plan are run as the engine runs them: forwards ahead, and updates between a forward and its backward.
-Each gradient is compared, to the bit, with that of a module frozen at the version that the forward used.
+Each gradient is compared, to the bit, with that of a module frozen at the version that the forward used. Where older
+versions are not kept, that module is given the newest weights before its backward.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lightning_cpipe.equality import same_bits
 from lightning_cpipe.errors import WeightWrittenError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import LATEST, TWO_BUFFERED, VERTICAL
 from lightning_cpipe.stage.versions import Version, Versions
 
 WIDTH = 6
@@ -171,6 +173,7 @@ class Stage:
     Args:
         module: its part.
         lag: how far its forwards run ahead.
+        stage: which.
         make_optimizer: of its parameters.
         points: whether a backward points the parameters at its version; if not, it sees the newest.
         copies: whether an update makes room first; if not, it is in place.
@@ -186,21 +189,24 @@ class Stage:
         points: bool = True,
         copies: bool = True,
         schedule: Continuous | None = None,
+        stage: int = 0,
     ) -> None:
         self.module = module
         self.schedule = schedule or Continuous()
-        self.num_stages = lag + 1
+        self.place = stage, stage + lag + 1
         self.optimizer = make_optimizer(module.parameters())
-        self.versions = Versions((n, p) for n, p in module.named_parameters() if p.requires_grad)
+        trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.versions = Versions(trained, self.schedule.versions.keeps)
         self.used: dict[int, int] = {}
         self.alive: list[int] = []
-        self.in_flight: dict[int, tuple[Pass, nn.Module | None]] = {}
+        self.in_flight: dict[int, tuple[Pass, Pass | None]] = {}
         self._points = points
         self._copies = copies
 
     def run(self, batches: int = BATCHES, twin: Callable[[], nn.Module] | None = None) -> Iterator[tuple[Any, Any]]:
-        """For each backward, its gradients, and those of a twin frozen when the forward began."""
-        for row in self.schedule.rows(0, self.num_stages, batches):
+        """For each backward, its gradients, and those of a twin frozen at what the forward used."""
+        self.batches = batches
+        for row in self.schedule.rows(*self.place, batches):
             for action in row:
                 if action.kind is Kind.FORWARD:
                     self.forward(action.batch, twin)
@@ -211,24 +217,34 @@ class Stage:
                 self.alive.append(self.versions.alive)
 
     def forward(self, number: int, twin: Callable[[], nn.Module] | None) -> None:
-        frozen = None
-        if twin is not None:
-            frozen = twin()
-            frozen.load_state_dict(self.module.state_dict())
-        self.versions.use(number)
+        chosen = self.schedule.version(*self.place, number) if self.schedule.versions.of_first_stage else None
+        self.versions.use(number, chosen)
         self.used[number] = self.versions.number_of(number)
-        self.in_flight[number] = Pass(self.module, number), frozen
+        self.forwarded = number
+        with self.versions.of(number):
+            frozen = None
+            if twin is not None:
+                module = twin()
+                module.load_state_dict(self.module.state_dict())
+                frozen = Pass(module, number)
+            self.in_flight[number] = Pass(self.module, number), frozen
 
     def backward(self, number: int) -> tuple[Any, Any]:
         work, frozen = self.in_flight.pop(number)
         with self.versions.of(number) if self._points else nullcontext():
             gradients = work.backward()
         self.versions.release(number)
-        return gradients, None if frozen is None else Pass(frozen, number).backward()
+        if frozen is None:
+            return gradients, None
+        if not self.schedule.versions.keeps:
+            for old, newest in zip(frozen.module.parameters(), self.module.parameters()):
+                old.data.copy_(newest.data)
+        return gradients, frozen.backward()
 
     def update(self) -> None:
         if self._copies:
-            self.versions.advance()
+            coming = self.forwarded + 1
+            self.versions.advance(self.schedule.version(*self.place, coming) if coming < self.batches else None)
         with self.versions.updating():
             self.optimizer.step()
 
@@ -240,6 +256,72 @@ def test_gradients_are_those_of_the_forward_s_version(way: str, lag: int, make_o
     stage = Stage(net_with(way), lag, make_optimizer)
     compared = [same_bits(found, frozen) for found, frozen in stage.run(twin=lambda: net_with(way))]
     assert compared == [True] * BATCHES
+
+
+@pytest.mark.parametrize(("lag", "stage"), [(1, 0), (1, 2), (0, 2)])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_the_version_that_the_first_stage_chose(way: str, lag: int, stage: int) -> None:
+    made = Stage(net_with(way), lag, schedule=Continuous(versions=VERTICAL), stage=stage)
+    compared = [same_bits(found, frozen) for found, frozen in made.run(twin=lambda: net_with(way))]
+    assert compared == [True] * BATCHES
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_without_copies_a_backward_reads_the_newest_weights_in_every_way(
+    way: str, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the module computed from them in the forward is what it was, as in the twin."""
+    monkeypatch.setattr(Version, "flat_like", lambda parameters: pytest.fail("memory was allocated"))
+    stage = Stage(net_with(way), lag, schedule=Continuous(versions=LATEST))
+    places = [p.data_ptr() for p in stage.module.parameters()]
+    for found, newest in stage.run(twin=lambda: net_with(way)):
+        assert same_bits(found, newest)
+        assert [p.data_ptr() for p in stage.module.parameters()] == places
+    assert set(stage.alive) == {1}
+
+
+def test_the_gradient_without_copies_mixes_two_versions() -> None:
+    """In numbers: dL/dx = g w_new, and dL/dw = g x of the forward."""
+    weight = nn.Parameter(torch.tensor([[2.0]]))
+    versions = Versions([("weight", weight)], keeps=False)
+    x = torch.tensor([[3.0]], requires_grad=True)
+    versions.use(0)
+    with versions.of(0):
+        y = nn.functional.linear(x, weight)
+    versions.advance()
+    with versions.updating(), torch.no_grad():
+        weight.fill_(10)
+    with versions.of(0):
+        y.backward(torch.tensor([[7.0]]))
+    assert (x.grad.item(), weight.grad.item()) == (70, 21)
+
+
+def test_without_copies_an_optimizer_that_binds_other_memory_still_changes_what_the_backward_reads() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    place = weight.data_ptr()
+    versions = Versions([("weight", weight)], keeps=False)
+    versions.use(0)
+    loss = (weight * weight).sum()
+    versions.advance()
+    with versions.updating():
+        weight.data = weight.data + 4
+    assert weight.data_ptr() == place
+    with versions.of(0):
+        loss.backward()
+    assert weight.grad.tolist() == [10, 10, 10]
+
+
+def test_without_copies_a_hook_may_write_into_weights_that_are_in_use() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    versions = Versions([("weight", weight)], keeps=False)
+    versions.use(0)
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        weight.mul_(3)
+    with versions.of(0):
+        loss.backward()
+    assert weight.grad.tolist() == [6, 6, 6]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -267,17 +349,24 @@ def test_a_backward_at_the_newest_weights_gives_other_gradients(way: str) -> Non
         Continuous(accumulate=2),
         Continuous(accumulate=3, epoch_length=5),
         Continuous(extra_in_flight=1, accumulate=4, epoch_length=6),
+        Continuous(versions=LATEST),
+        Continuous(versions=VERTICAL),
+        Continuous(versions=VERTICAL, accumulate=3, epoch_length=5),
+        Continuous(versions=TWO_BUFFERED, accumulate=5),
+        Continuous(versions=TWO_BUFFERED, accumulate=3, epoch_length=4),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("lag", [0, 1, 3])
-def test_the_plan_says_which_versions_are_used_and_how_many_are_alive(lag: int, schedule: Continuous) -> None:
-    batches = 24
-    stage = Stage(nn.Linear(WIDTH, 3), lag, schedule=schedule)
-    for _ in stage.run(batches):
+@pytest.mark.parametrize(("lag", "stage"), [(0, 0), (1, 0), (3, 0), (0, 3), (2, 2)])
+def test_the_plan_says_which_versions_are_used_and_how_many_are_alive(
+    lag: int, stage: int, schedule: Continuous
+) -> None:
+    batches = 32
+    made = Stage(nn.Linear(WIDTH, 3), lag, schedule=schedule, stage=stage)
+    for _ in made.run(batches):
         pass
-    assert stage.used == {batch: schedule.version(0, lag + 1, batch) for batch in range(batches)}
-    assert max(stage.alive) == schedule.live_versions(0, lag + 1)
+    assert made.used == {batch: schedule.version(*made.place, batch) for batch in range(batches)}
+    assert max(made.alive) == schedule.live_versions(*made.place)
 
 
 @pytest.mark.parametrize("lag", [1, 3])

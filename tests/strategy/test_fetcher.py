@@ -73,7 +73,7 @@ def test_it_stops_with_the_last_update_that_is_allowed(accumulate: int, steps_be
     """An epoch's last mini-batch makes one, too: here every fifth."""
     state = trainer(max_steps=4, accumulate_grad_batches=accumulate, max_epochs=9)
     found = drawn_by(fetcher(state, batches=5), state)
-    assert [each.global_step for each in found] == steps_before
+    assert [each.updates_before for each in found] == steps_before
 
 
 def test_what_is_in_the_queue_is_counted_anew_when_an_epoch_begins() -> None:
@@ -83,7 +83,7 @@ def test_what_is_in_the_queue_is_counted_anew_when_an_epoch_begins() -> None:
     assert made.peek() is not None
     state.accumulate_grad_batches = 2
     made.begin_epoch(0)
-    assert [each.global_step for each in drawn_by(made, state)] == [0, 0, 1, 1, 2, 2]
+    assert [each.updates_before for each in drawn_by(made, state)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_second_fit_goes_on_with_other_random_numbers() -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD
 
 from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import TWO_BUFFERED
 from lightning_cpipe.strategy.options import Options
-from lightning_cpipe.strategy.refusals import LATER, reasons_in_optimizers, reasons_in_options
+from lightning_cpipe.strategy.refusals import LATER, reasons_in_accumulation, reasons_in_optimizers, reasons_in_options
 from tests.helpers.causes import cause
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
@@ -36,8 +38,7 @@ OPTIONS = [
     ({"schedule": "own.csv"}, ["schedule='own.csv'", "draws and checks it", "only 'continuous'"], True),
     ({"schedule": "zigzag"}, ["schedule='zigzag'", "there are 'continuous', 'gpipe', '1f1b', 'inter"], False),
     ({"num_microbatches": 4}, ["num_microbatches=4", "whole mini-batches"], True),
-    ({"versions": "latest"}, ["versions='latest'", "only 'stash'"], True),
-    ({"versions": "newest"}, ["versions='newest'", "there are 'stash' and 'latest'"], False),
+    ({"versions": "newest"}, ["versions='newest'", "there are 'stash', 'latest', 'vertical', '2bw'"], False),
     ({"remedy": "spectrain"}, ["remedy='spectrain'"], True),
     ({"extra_in_flight": -1}, ["extra_in_flight=-1", "the least is 0"], False),
     ({"split_points": "net.2"}, ["split_points='net.2'", "give 'auto', or a list of the modules"], False),
@@ -146,6 +147,29 @@ def test_a_module_or_a_flag_is_refused_before_any_process_is_started(
 ) -> None:
     (reason,) = refused(module(), {}, **options())
     require_said(reason, parts, later)
+
+
+TOO_FEW = [
+    ({"accumulate_grad_batches": 1}, 1),
+    ({"callbacks": [GradientAccumulationScheduler({0: 4, 2: 2})]}, 2),
+]
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize(("options", "number"), TOO_FEW)
+def test_2bw_is_refused_where_too_few_mini_batches_share_an_update(options: dict[str, Any], number: int) -> None:
+    (reason,) = refused(Chain(), {"versions": "2bw", "extra_in_flight": 2}, **options)
+    parts = [f"versions='2bw' with accumulate_grad_batches={number}", "at least 3", "stage 0 of 2"]
+    require_said(reason, [*parts, "Set accumulate_grad_batches=3 or more"], later=False)
+
+
+@pytest.mark.parametrize(("number", "p"), [(3, 4), (1, 2), (1, 1)])
+def test_2bw_runs_from_as_many_on_as_stage_0_is_ahead(number: int, p: int) -> None:
+    trainer = quiet_trainer(accumulate_grad_batches=number)
+    trainer.training = True
+    schedule = Continuous(versions=TWO_BUFFERED)
+    assert list(reasons_in_accumulation(trainer, schedule, p)) == []
+    assert len(list(reasons_in_accumulation(trainer, schedule, number + 2))) == 1
 
 
 class OfParts(Chain):

@@ -63,14 +63,14 @@ def stages_of(module: Chain, p: int) -> list[list[str]]:
 
 
 def require_equal_to_reference(
-    kind: type[Tied], p: int, optimizer: str, accumulate: int = 1, extra_in_flight: int = 0, **options: Any
+    kind: type[Tied], p: int, optimizer: str, accumulate: int = 1, extra_in_flight: int = 0, versions: str = "stash"
 ) -> None:
     module = partial(kind, optimizer)
     seen = fit_in_pipeline(
         p,
         module,
         partial(noise_loader, shuffle=True),
-        strategy={"split_points": STARTS[p], "extra_in_flight": extra_in_flight, **options},
+        strategy={"split_points": STARTS[p], "extra_in_flight": extra_in_flight, "versions": versions},
         max_epochs=EPOCHS,
         accumulate_grad_batches=accumulate,
     )[0]
@@ -86,6 +86,7 @@ def require_equal_to_reference(
         make_optimizer(optimizer, None),
         accumulate,
         extra_in_flight,
+        policy=versions,
     )
     assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in losses] == seen.losses
     require_same_bits(seen.weights, dict(reference.named_parameters()))
@@ -108,6 +109,14 @@ def test_ties_equal_the_reference(p: int, optimizer: str) -> None:
 )
 def test_accumulated_and_further_ahead(accumulate: int, extra: int) -> None:
     require_equal_to_reference(Tied, 3, "sgd", accumulate, extra)
+
+
+@pytest.mark.parametrize(
+    ("versions", "accumulate"),
+    [("latest", 1), ("vertical", 1), *(pytest.param(*each, marks=FULL) for each in (("vertical", 3), ("2bw", 3)))],
+)
+def test_a_copy_and_its_owner_follow_the_same_policy(versions: str, accumulate: int) -> None:
+    require_equal_to_reference(TiedThrice, 3, "sgd", accumulate, versions=versions)
 
 
 @pytest.mark.parametrize("p", [3, pytest.param(4, marks=FULL)])
