@@ -7,7 +7,7 @@ weights        takes the weights of other stages out, and puts them back
 building       builds a module of which only some weights are kept
 pages          lets go of the memory of what is not
 absent         stands in for a weight of another stage
-versions       keeps the weights that mini-batches in flight were forwarded with
+versions       keeps the weights that mini-batches in flight, or to come, use
 randomness     seeded scopes
 isolation      random numbers of their own for modules
 stage_module   all of that on one module

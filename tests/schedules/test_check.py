@@ -20,6 +20,7 @@ from lightning_cpipe.schedules.check import (
 )
 from lightning_cpipe.schedules.clock import clock
 from lightning_cpipe.schedules.plan import Plan
+from lightning_cpipe.schedules.policies import VERTICAL
 from lightning_cpipe.schedules.transfers import with_transfers
 
 BOTH_RULES = pytest.mark.parametrize("sends_wait", [False, True], ids=["sends return", "sends wait"])
@@ -178,6 +179,20 @@ def test_every_forward_that_finds_a_wrong_version_is_named() -> None:
         "stage 0: F2 finds version 0 where version 1 is promised",
         "stage 1: F1 finds version 0 where version 1 is promised",
         "stage 1: F2 finds version 1 where version 2 is promised",
+    ]
+
+
+def test_a_version_that_is_not_there_yet_is_named() -> None:
+    """Stage 0 runs so little ahead that it chooses a version that stage 1 does not have, and waits for ever."""
+    text = """
+        0 | F0 B0 U0 | F1 B1 U1
+        1 | F0 | F1 B0 U0 | B1 U1
+    """
+    assert [fault for fault in faults(text, Continuous(versions=VERTICAL)) if "waits" not in fault] == [
+        "stage 0: F1 finds version 1 where version 0 is promised",
+        "stage 1: 2 in flight where continuous allows 1",
+        "stage 1: F1 finds version 1 where version 0 is promised",
+        "stage 1: F1 needs version 1 where 0 is the newest",
     ]
 
 
