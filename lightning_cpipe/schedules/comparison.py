@@ -47,8 +47,8 @@ class Cost:
             1 - 3 * v * num_batches / slots,
             max(most_on_rank(plan, line) for line in range(num_ranks)) / v,
             [most_in_flight(plan, stage) for stage in stages],
-            [live_versions(plan, stage) for stage in stages],
-            [max(delays(plan, stage).values()) for stage in stages],
+            [live_versions(plan, stage, schedule.versions) for stage in stages],
+            [max(delays(plan, stage, schedule.versions).values()) for stage in stages],
         )
 
     def cells(self) -> list[str]:

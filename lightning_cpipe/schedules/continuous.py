@@ -43,8 +43,8 @@ class Continuous(Schedule):
     extra_in_flight: int = 0
     accumulate: int = 1
     epoch_length: int | None = None
-    versions: VersionPolicy = STASH
     early_input_gradient: bool = False
+    versions: VersionPolicy = STASH
 
     name: ClassVar[str] = "continuous"
     unit: ClassVar[str] = "mini-batch"

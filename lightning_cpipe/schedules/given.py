@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,12 +45,8 @@ class Given(Schedule):
 
     @property
     def versions(self) -> VersionPolicy:
-        """Each mini-batch uses the newest one that it finds."""
+        """A plan says nothing of versions, so each stage takes what is the newest."""
         return STASH
-
-    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
-        """The row of its forward."""
-        return batch
 
     @property
     def num_batches(self) -> int:
@@ -80,6 +77,12 @@ class Given(Schedule):
     def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
         """As counted."""
         return most_in_flight(self.given, stage)
+
+    def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
+        """As counted: the backwards before the forward of `batch`."""
+        actions = self.given.actions(stage)
+        before = takewhile(lambda action: (action.kind, action.batch) != (Kind.FORWARD, batch), actions)
+        return sum(action.kind.frees for action in before)
 
     def version(self, stage: int, num_stages: int, batch: int) -> int:
         """As counted."""

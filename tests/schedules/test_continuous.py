@@ -167,7 +167,7 @@ def test_short_runs_never_need_more_versions_nor_come_later_than_promised(runs: 
 def test_long_runs_need_exactly_the_versions_that_are_promised(extra: int, policy: VersionPolicy) -> None:
     p = max(STAGES)
     for accumulate, length in itertools.product(ACCUMULATE, (*EPOCH_LENGTHS, 2, 11)):
-        schedule = Continuous(extra, accumulate, length, policy)
+        schedule = Continuous(extra, accumulate, length, versions=policy)
         plan = schedule.plan(p, 2 * (schedule.lag(0, p) + accumulate) + (length or accumulate))
         for s in range(p):
             assert live_versions(plan, s, policy) == schedule.live_versions(s, p), (schedule, s)

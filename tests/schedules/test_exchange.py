@@ -95,6 +95,15 @@ def test_a_plan_reads_back(schedule: Schedule) -> None:
     assert check(back) == []
 
 
+@pytest.mark.parametrize("schedule", CONTINUOUS, ids=str)
+def test_a_given_plan_chooses_the_versions_at_the_same_steps(schedule: Continuous) -> None:
+    given = Given(schedule.plan(6, 9))
+    for stage in range(6):
+        for batch in range(9):
+            start = schedule.window_start(batch)
+            assert given.chosen_at(stage, 6, batch, start) == schedule.chosen_at(stage, 6, batch, start)
+
+
 def test_updates_on_the_way_are_written_and_torch_says_that_it_does_not_know_them() -> None:
     text = write_csv(Continuous().plan(2, 2))
     assert text == "0F0,0F1,0B0,0U0,0B1,0U1\n1F0,1B0,1U0,1F1,1B1,1U1\n"
