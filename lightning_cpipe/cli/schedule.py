@@ -11,11 +11,15 @@ from lightning_cpipe.schedules import SCHEDULES, Continuous, Given, Schedule, na
 from lightning_cpipe.schedules.check import check
 from lightning_cpipe.schedules.comparison import Cost, as_markdown, as_text
 from lightning_cpipe.schedules.exchange import write_csv
+from lightning_cpipe.schedules.policies import LATEST, POLICIES, TWO_BUFFERED, VERTICAL, VersionPolicy
 from lightning_cpipe.schedules.table import Table
 
 _BATCHES = {"mini-batch": 13, "micro-batch": 8}
 _COMPARED = {"mini-batch": 100, "micro-batch": 8}
 """How many, where nobody says: for one schedule, and side by side."""
+
+_OF_CONTINUOUS = ("accumulate", "versions", "early_input_gradient")
+"""Options of the continuous schedule, by the names that it gives them."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,9 +31,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = _parser()
     asked = parser.parse_args(arguments)
-    for name in ("stages", "ranks", "mini_batches", "micro_batches", "slots"):
+    for name in ("stages", "ranks", "mini_batches", "micro_batches", "accumulate", "slots"):
         if (number := getattr(asked, name)) is not None and number < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {number}.")
+            parser.error(f"{_option(name)} must be at least 1, not {number}.")
     print(_compared(parser, asked) if asked.compare else _drawn(parser, asked))
 
 
@@ -47,11 +51,12 @@ def _drawn(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str:
 
 def _sized(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> tuple[Schedule, int, int]:
     """The schedule, its stages and its batches."""
-    schedule: Schedule = asked.schedule
-    if asked.early_input_gradient:
+    schedule: Schedule = asked.schedule or Continuous()
+    of_continuous = {name: given for name in _OF_CONTINUOUS if (given := getattr(asked, name)) is not None}
+    if of_continuous:
         if not isinstance(schedule, Continuous):
-            parser.error(f"--early-input-gradient is for --schedule continuous, not {schedule.name}.")
-        schedule = replace(schedule, early_input_gradient=True)
+            parser.error(f"{_option(next(iter(of_continuous)))} is for --schedule continuous, not {schedule.name}.")
+        schedule = replace(schedule, **of_continuous)
     if isinstance(schedule, Given):
         if any(each is not None for each in (asked.stages, asked.ranks, asked.mini_batches, asked.micro_batches)):
             parser.error("a plan in a file has its own size: leave out --stages, --ranks and the number of batches.")
@@ -72,12 +77,21 @@ def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str
     """All schedules, side by side."""
     if asked.format not in ("text", "markdown"):
         parser.error("--compare prints a table: --format text or markdown.")
+    for name in ("schedule", "slots", *_OF_CONTINUOUS):
+        if getattr(asked, name) is not None:
+            parser.error(f"--compare shows every schedule whole: leave out {_option(name)}.")
     if asked.stages and asked.ranks and asked.stages != asked.ranks:
         parser.error("--compare chooses how many stages a rank holds: give --ranks alone.")
     ranks = asked.ranks or asked.stages or 4
-    schedules = {name: cls() for name, cls in SCHEDULES.items()}
-    schedules["continuous, early input gradient"] = Continuous(early_input_gradient=True)
-    schedules["continuous, 2 stages per rank"] = Continuous(stages_per_rank=2)
+    most = max(1, ranks - 1)
+    schedules = {name: cls() for name, cls in SCHEDULES.items()} | {
+        "continuous, early input gradient": Continuous(early_input_gradient=True),
+        "continuous, 2 stages per rank": Continuous(stages_per_rank=2),
+        f"continuous, accumulate {most}": Continuous(accumulate=most),
+        f"continuous, accumulate {most}, 2bw": Continuous(accumulate=most, versions=TWO_BUFFERED),
+        "continuous, vertical": Continuous(versions=VERTICAL),
+        "continuous, latest": Continuous(versions=LATEST),
+    }
     sizes = {"mini-batch": asked.mini_batches, "micro-batch": asked.micro_batches}
     sizes = {unit: number or _COMPARED[unit] for unit, number in sizes.items()}
     costs = [Cost.of(name, schedule, ranks, sizes[schedule.unit]) for name, schedule in schedules.items()]
@@ -95,6 +109,10 @@ def _compared(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str
     )
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _schedule(name: str) -> Schedule:
     try:
         return named(name)
@@ -102,15 +120,20 @@ def _schedule(name: str) -> Schedule:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _policy(name: str) -> VersionPolicy:
+    if name not in POLICIES:
+        raise argparse.ArgumentTypeError(f"there is no policy {name!r}; there are: {', '.join(POLICIES)}.")
+    return POLICIES[name]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cpipe schedule",
-        description="Print who does what, when; check it; and count its bubbles, in the window and in the whole run.",
+        description="Print who does what, when; check it; and count its bubbles, and what it costs each stage.",
     )
     parser.add_argument(
         "--schedule",
         type=_schedule,
-        default="continuous",
         metavar="NAME",
         help=f"{', '.join(SCHEDULES)}, or the path of a plan.csv; default: continuous",
     )
@@ -120,7 +143,16 @@ def _parser() -> argparse.ArgumentParser:
         "--mini-batches", type=int, metavar="N", help="of the run (continuous); default: 13; 100 to compare"
     )
     parser.add_argument("--micro-batches", type=int, metavar="M", help="of a mini-batch (the others); default: 8")
-    parser.add_argument("--early-input-gradient", action="store_true", help="split the backwards (continuous)")
+    parser.add_argument("--accumulate", type=int, metavar="K", help="mini-batches per update (continuous); default: 1")
+    parser.add_argument(
+        "--versions",
+        type=_policy,
+        metavar="POLICY",
+        help=f"which weights a mini-batch uses (continuous): {', '.join(POLICIES)}; default: stash",
+    )
+    parser.add_argument(
+        "--early-input-gradient", action="store_true", default=None, help="split the backwards (continuous)"
+    )
     parser.add_argument("--slots", type=int, metavar="S", help="width of the window; default: the whole run")
     parser.add_argument("--compare", action="store_true", help="all schedules, side by side, on R ranks")
     formats = ["text", "markdown", "json", "svg", "csv"]

@@ -15,6 +15,7 @@ check        lists every fault of a plan
 clock        gives every action its slot
 exchange     plans in and out, as CSV
 table        a plan as text, Markdown, JSON or SVG
+per_stage    what a plan costs each stage: in flight, versions, delay
 comparison   what each schedule costs, side by side
 """
 

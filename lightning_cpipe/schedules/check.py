@@ -107,7 +107,7 @@ def check_transfers(plan: Plan, *, sends_wait: bool = False) -> list[Fault]:
 def versions(plan: Plan, stage: int, policy: VersionPolicy = STASH) -> dict[int, int]:
     """The version that each mini-batch uses on `stage`, counted by walking: mini-batch -> number of updates before."""
     chosen = {batch: policy.chosen_by(stage, batch, start) for batch, start in _window_starts(plan, stage).items()}
-    newest = {chooser: _newest(plan, chooser) for chooser, _ in chosen.values()}
+    newest = {chooser: _newest(plan, chooser) for chooser in {chooser for chooser, _ in chosen.values()}}
     return {batch: newest[chooser][by] for batch, (chooser, by) in chosen.items() if by in newest[chooser]}
 
 

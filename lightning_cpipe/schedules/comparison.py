@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, most_on_rank
+from lightning_cpipe.schedules.check import most_on_rank
 from lightning_cpipe.schedules.clock import WHOLE_BACKWARD_TWICE, span
+from lightning_cpipe.schedules.per_stage import PerStage
 from lightning_cpipe.schedules.schedule import Schedule
 
 
@@ -21,18 +22,14 @@ class Cost:
         idle: share of the slots in which a rank has nothing to do.
         kept: the largest number of batches whose forwards a rank keeps for their backwards. With several stages on a
             rank, each counts for its share.
-        in_flight: for each stage, the largest number of batches that it has forwarded and not yet backwarded.
-        versions: for each stage, the largest number of versions of its weights that are needed at once.
-        delay: for each stage, by how many updates its gradients are late.
+        per_stage: batches in flight, versions and delay.
     """
 
     title: str
     slots: float
     idle: float
     kept: float
-    in_flight: Sequence[int]
-    versions: Sequence[int]
-    delay: Sequence[int]
+    per_stage: PerStage
 
     @classmethod
     def of(cls, title: str, schedule: Schedule, num_ranks: int, num_batches: int) -> Cost:
@@ -40,22 +37,17 @@ class Cost:
         v = schedule.stages_per_rank
         plan = schedule.plan(num_ranks * v, num_batches)
         slots = span(plan, WHOLE_BACKWARD_TWICE)
-        stages = range(plan.num_stages)
         return cls(
             title,
             slots / v,
             1 - 3 * v * num_batches / slots,
             max(most_on_rank(plan, line) for line in range(num_ranks)) / v,
-            [most_in_flight(plan, stage) for stage in stages],
-            [live_versions(plan, stage, schedule.versions) for stage in stages],
-            [max(delays(plan, stage, schedule.versions).values()) for stage in stages],
+            PerStage.of(plan, schedule.versions),
         )
 
     def cells(self) -> list[str]:
-        """As words: per stage from the first to the last, or one where all are the same."""
-        per_stage = (self.in_flight, self.versions, self.delay)
-        words = [str(each[0]) if len(set(each)) == 1 else " ".join(map(str, each)) for each in per_stage]
-        return [self.title, f"{self.slots:g}", f"{self.idle:.1%}", f"{self.kept:g}", *words]
+        """As words."""
+        return [self.title, f"{self.slots:g}", f"{self.idle:.1%}", f"{self.kept:g}", *self.per_stage.words()]
 
 
 HEADS = ("schedule", "slots", "idle", "kept", "in flight", "versions", "delay")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.clock import clock
+from lightning_cpipe.schedules.per_stage import PerStage
 from lightning_cpipe.schedules.schedule import Schedule
 
 IDLE = "*"
@@ -103,13 +105,20 @@ class Table:
             self.schedule.slot_exact_ratio(p, n),
         )
 
+    @cached_property
+    def per_stage(self) -> PerStage:
+        """Batches in flight, versions and delay, for the whole plan."""
+        return PerStage.of(self.plan, self.schedule.versions)
+
     def summary(self) -> list[str]:
-        """Two lines: the bubbles of the window and of the whole run."""
+        """Three lines: the bubbles of the window and of the whole run, and what it costs each stage."""
         kind = {"mini-batch": "run", "micro-batch": "step"}.get(self.schedule.unit, "plan")
         lines = f"{len(self.cells)} {'ranks' if self.several else 'stages'}"
+        in_flight, versions, delay = self.per_stage.words()
         return [
             f"window of {self.window} slots x {lines}: {self.in_window}",
             f"whole {kind} of {self.num_batches} {self.schedule.unit}es: {self.in_run}",
+            f"each stage, at most: in flight {in_flight}; versions of its weights {versions}; updates late {delay}",
         ]
 
     def _texts(self) -> list[list[str]]:
@@ -134,7 +143,7 @@ class Table:
         return "\n".join([*lines, "", *(f"- {line}" for line in self.summary())])
 
     def json(self) -> str:
-        """One object: the request, the cells (null where idle), and the bubbles."""
+        """One object: the request, the cells (null where idle), the bubbles, and what it costs each stage."""
         return json.dumps(
             {
                 "schedule": self.schedule.name,
@@ -145,6 +154,7 @@ class Table:
                 "cells": [[None if cell is None else self.text_of(cell) for cell in row] for row in self.cells],
                 "window": {"slots": self.window, **asdict(self.in_window)},
                 "run": {"slots": self.run_slots, **asdict(self.in_run)},
+                "per_stage": asdict(self.per_stage),
             },
             indent=2,
         )
@@ -172,7 +182,7 @@ class Table:
         bottom = top + len(self.cells) * height
         for number, words in enumerate(self.summary()):
             shapes.append(_svg_text(left, bottom + 18 + 16 * number, words, size=11, anchor="start"))
-        total_width, total_height = max(left + self.window * width + 8, 720), bottom + 44
+        total_width, total_height = max(left + self.window * width + 8, 720), bottom + 60
         return "\n".join(
             [
                 f'<svg xmlns="http://www.w3.org/2000/svg" width="{total_width}" height="{total_height}"'

@@ -66,7 +66,7 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"num_stages={asked.num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages`"
             f" out, or set `devices={asked.num_stages}`. {LATER}"
         )
-    if asked.schedule not in SCHEDULES and not asked.schedule.endswith(".csv"):
+    if asked.schedule not in SCHEDULES and not str(asked.schedule).endswith(".csv"):
         yield f"schedule={asked.schedule!r}: there is none of that name; there are {', '.join(map(repr, SCHEDULES))}."
     elif asked.schedule not in RUN:
         yield (

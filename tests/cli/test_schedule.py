@@ -41,7 +41,7 @@ PIPE_DREAM = """
  *   *   *  0F  0B  1F  1B  2F  2B  3F  3B  4F  4B  5F  5B  6F  6B  7F  7B   *   *   *
 """
 
-# Arguments, the paper's table, and the two lines below it: counted by hand, the ratios by the paper's formulas
+# Arguments, the paper's table, and the lines below it: counted by hand, the ratios by the paper's formulas
 # (6/19 for ContinuousPipe, 3/11 for the others) and as idle slots over all slots.
 PAPER = [
     pytest.param(
@@ -49,6 +49,7 @@ PAPER = [
         CONTINUOUS_PIPE,
         "window of 26 slots x 4 stages: 104 slots, 12 idle; bubble ratio 0.3158 (paper), 0.1154 (slot-exact)",
         "whole run of 13 mini-batches: 128 slots, 24 idle; bubble ratio 0.3158 (paper), 0.1875 (slot-exact)",
+        "each stage, at most: in flight 4 3 2 1; versions of its weights 4 3 2 1; updates late 3 2 1 0",
         id="ContinuousPipe",
     ),
     pytest.param(
@@ -56,6 +57,7 @@ PAPER = [
         GPIPE,
         "window of 22 slots x 4 stages: 88 slots, 24 idle; bubble ratio 0.2727 (paper), 0.2727 (slot-exact)",
         "whole step of 8 micro-batches: 88 slots, 24 idle; bubble ratio 0.2727 (paper), 0.2727 (slot-exact)",
+        "each stage, at most: in flight 8; versions of its weights 1; updates late 0",
         id="GPipe",
     ),
     pytest.param(
@@ -63,6 +65,7 @@ PAPER = [
         PIPE_DREAM,
         "window of 22 slots x 4 stages: 88 slots, 24 idle; bubble ratio 0.2727 (paper), 0.2727 (slot-exact)",
         "whole step of 8 micro-batches: 88 slots, 24 idle; bubble ratio 0.2727 (paper), 0.2727 (slot-exact)",
+        "each stage, at most: in flight 4 3 2 1; versions of its weights 1; updates late 0",
         id="PipeDream",
     ),
 ]
@@ -100,9 +103,9 @@ def cells(table: str) -> list[list[str]]:
     return [line.split() for line in table.strip().splitlines()]
 
 
-@pytest.mark.parametrize(("arguments", "table", "window", "whole"), PAPER)
+@pytest.mark.parametrize(("arguments", "table", "window", "whole", "per_stage"), PAPER)
 def test_the_papers_table_is_printed_cell_for_cell_with_its_bubbles_below(
-    cpipe: Cpipe, arguments: list[str], table: str, window: str, whole: str
+    cpipe: Cpipe, arguments: list[str], table: str, window: str, whole: str, per_stage: str
 ) -> None:
     grid, _, summary = cpipe("schedule", *arguments).partition("\n\n")
     lines = [line.split("|") for line in grid.splitlines()]
@@ -110,12 +113,12 @@ def test_the_papers_table_is_printed_cell_for_cell_with_its_bubbles_below(
     slots, *rows = [row.split() for _, row in lines]
     assert rows == cells(table)
     assert slots == [str(slot) for slot in range(len(rows[0]))]
-    assert summary.splitlines() == [window, whole]
+    assert summary.splitlines() == [window, whole, per_stage]
 
 
-@pytest.mark.parametrize(("arguments", "table", "window", "whole"), PAPER)
+@pytest.mark.parametrize(("arguments", "table", "window", "whole", "per_stage"), PAPER)
 def test_the_papers_table_is_the_same_in_json(
-    cpipe: Cpipe, arguments: list[str], table: str, window: str, whole: str
+    cpipe: Cpipe, arguments: list[str], table: str, window: str, whole: str, per_stage: str
 ) -> None:
     told = json.loads(cpipe("schedule", *arguments, "--format", "json"))
     assert [["*" if cell is None else cell for cell in row] for row in told["cells"]] == cells(table)
@@ -182,8 +185,13 @@ def test_svg_is_a_picture_with_a_rectangle_for_every_cell(cpipe: Cpipe) -> None:
             ["--schedule", "zb", "--early-input-gradient"],
             "--early-input-gradient is for --schedule continuous, not zb.",
         ),
+        (["--accumulate", "0"], "--accumulate must be at least 1, not 0."),
+        (["--schedule", "gpipe", "--versions", "2bw"], "--versions is for --schedule continuous, not gpipe."),
+        (["--versions", "newest"], "argument --versions: there is no policy 'newest'; there are: stash, latest, vert"),
         (["--schedule", "no.csv"], "argument --schedule: the plan 'no.csv' can't be read: No such file"),
         (["--compare", "--format", "svg"], "--compare prints a table: --format text or markdown."),
+        (["--compare", "--versions", "2bw"], "--compare shows every schedule whole: leave out --versions."),
+        (["--compare", "--schedule", "zb"], "--compare shows every schedule whole: leave out --schedule."),
         (["--compare", "--stages", "8", "--ranks", "4"], "--compare chooses how many stages a rank holds"),
         (["--format", "pdf"], "argument --format: invalid choice: 'pdf'"),
         (["--depth", "4"], "unrecognized arguments: --depth 4"),
@@ -245,6 +253,20 @@ def test_backwards_may_be_split(cpipe: Cpipe) -> None:
     assert "stage 1 |   * 0MF 0MI 0MW 1MF 1MI 1MW   *\n" in drawn
 
 
+@pytest.mark.parametrize(
+    ("asked", "versions", "late"),
+    [
+        ("--accumulate 3", "2 2 2 1", "1 1 1 0"),
+        ("--versions vertical", "4", "3"),
+        ("--versions 2bw --accumulate 3", "2", "1"),
+        ("--versions latest", "1", "3 2 1 0"),
+    ],
+)
+def test_what_a_version_policy_costs_is_told(cpipe: Cpipe, asked: str, versions: str, late: str) -> None:
+    told = f"in flight 4 3 2 1; versions of its weights {versions}; updates late {late}"
+    assert cpipe("schedule", *asked.split()).splitlines()[-1] == f"each stage, at most: {told}"
+
+
 def test_a_plan_is_written_as_csv_and_read_checked_and_drawn_from_there(cpipe: Cpipe, tmp_path: Path) -> None:
     asked = ["schedule", "--schedule", "interleaved", "--ranks", "2", "--micro-batches", "2"]
     written = cpipe(*asked, "--format", "csv")
@@ -280,6 +302,8 @@ def test_all_schedules_are_compared(cpipe: Cpipe) -> None:
     assert lines["1f1b"] == ["15", "20.0%", "2", "2 1", "1", "0"]
     assert lines["zb"] == ["13", "7.7%", "2", "2", "1", "0"]
     assert lines["continuous"][1:] == ["2.0%", "2", "2 1", "2 1", "1 0"]
+    assert lines["continuous, vertical"][1:] == ["2.0%", "2", "2 1", "2", "1"]
+    assert lines["continuous, latest"][1:] == ["2.0%", "2", "2 1", "1", "1 0"]
     assert "a run of 50 mini-batches" in legend
     assert cpipe("schedule", "--compare", "--format", "markdown").startswith("| schedule | slots |")
 

@@ -31,10 +31,10 @@ def test_each_schedule_costs_what_is_known_of_it(schedule: Schedule, slots: floa
 @pytest.mark.parametrize("schedule", [OneFOneB(), Interleaved(), Continuous()], ids=str)
 def test_versions_and_delays_are_those_that_the_schedule_promises(schedule: Schedule) -> None:
     cost = Cost.of("it", schedule, 4, 20)
-    stages = range(4 * schedule.stages_per_rank)
-    assert cost.delay == [schedule.delay(stage, len(stages), 19) for stage in stages]
-    assert cost.versions == [delay + 1 for delay in cost.delay]
-    assert all(counted <= schedule.in_flight(stage, len(stages), 20) for stage, counted in zip(stages, cost.in_flight))
+    found, stages = cost.per_stage, range(4 * schedule.stages_per_rank)
+    assert found.delay == [schedule.delay(stage, len(stages), 19) for stage in stages]
+    assert found.versions == [delay + 1 for delay in found.delay]
+    assert all(counted <= schedule.in_flight(stage, len(stages), 20) for stage, counted in zip(stages, found.in_flight))
 
 
 def test_a_table_has_a_line_for_each_schedule_and_one_number_where_all_stages_agree() -> None:

@@ -1,7 +1,7 @@
 """The continuous schedule draws the rows of its docstring, and its closed forms say what walking the plan counts.
 
-The walk is done for 1 to 8 stages, 1 to 16 mini-batches, up to 2 times more in flight, accumulation over 1 to 5,
-epochs that these do not divide, and every version policy.
+The walk is done for 1 to 8 stages, up to 2 times more in flight, accumulation over 1 to 5, epochs that these do not
+divide, and every version policy; for some numbers of mini-batches, and for 1 to 16 in the full suite.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lightning_cpipe.schedules.table import Table
 
 STAGES = range(1, 9)
 BATCHES = range(1, 17)
+SOME_BATCHES = (1, 3, 16)
 EXTRA = range(3)
 ACCUMULATE = range(1, 6)
 EPOCH_LENGTHS = (None, 1, 3, 7)
@@ -66,12 +67,18 @@ TWO_PER_UPDATE_FIVE_PER_EPOCH = """
 """
 
 
-@pytest.fixture(scope="module", params=STAGES, ids=lambda p: f"{p} stages")
+@pytest.fixture(
+    scope="module",
+    params=[
+        *(pytest.param((p, SOME_BATCHES), id=f"{p} stages") for p in STAGES),
+        *(pytest.param((p, BATCHES), id=f"{p} stages, 1 to 16", marks=pytest.mark.full) for p in STAGES),
+    ],
+)
 def runs(request: pytest.FixtureRequest) -> Runs:
     """Schedule, stages, mini-batches and plan of every run that is walked."""
-    p = request.param
+    p, batches = request.param
     schedules = itertools.starmap(Continuous, itertools.product(EXTRA, ACCUMULATE, EPOCH_LENGTHS))
-    return [(schedule, p, n, schedule.plan(p, n)) for schedule, n in itertools.product(schedules, BATCHES)]
+    return [(schedule, p, n, schedule.plan(p, n)) for schedule, n in itertools.product(schedules, batches)]
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,11 @@ def test_a_window_over_the_whole_run_counts_what_the_closed_forms_say(schedule: 
         assert table.run_slots == schedule.slots(p, n)
 
 
-def test_the_summary_says_both_ratios_of_both() -> None:
+def test_the_summary_says_both_ratios_of_both_and_what_each_stage_pays() -> None:
     assert Table(Continuous(), 2, 3, 5).summary() == [
         "window of 5 slots x 2 stages: 10 slots, 2 idle; bubble ratio 0.4000 (paper), 0.2000 (slot-exact)",
         "whole run of 3 mini-batches: 16 slots, 4 idle; bubble ratio 0.4000 (paper), 0.2500 (slot-exact)",
+        "each stage, at most: in flight 2 1; versions of its weights 2 1; updates late 1 0",
     ]
     assert Table(GPipe(), 2, 3).summary()[1].startswith("whole step of 3 micro-batches: 16 slots, 4 idle;")
 
@@ -161,6 +162,7 @@ def test_json_holds_the_request_the_cells_and_the_counts(table: Table) -> None:
         "cells": [["0MF", None, "1MF", "0MB", "2MF"], [None, "0MF", "0MB", "1MF", "1MB"]],
         "window": {"slots": 5, "total_slots": 10, "idle_slots": 2, "paper": 0.4, "slot_exact": 0.2},
         "run": {"slots": 8, "total_slots": 16, "idle_slots": 4, "paper": 0.4, "slot_exact": 0.25},
+        "per_stage": {"in_flight": [2, 1], "versions": [2, 1], "delay": [1, 0]},
     }
 
 
@@ -232,8 +234,8 @@ class TestSvg:
                 box = Box.of(rect)
                 assert box.left < float(word.get("x", "")) < box.right
                 assert box.top < float(word.get("y", "")) < box.bottom
-        window, run = (y for text, (_, y) in words.items() if text and "idle;" in text)
-        assert grid.bottom < window < window + 11 < run < int(picture.get("height", ""))
+        window, run, per_stage = (y for text, (_, y) in words.items() if text and ("idle;" in text or "late" in text))
+        assert grid.bottom < window < window + 11 < run < run + 11 < per_stage < int(picture.get("height", ""))
 
     def test_everything_lies_within_the_picture(self) -> None:
         picture = ElementTree.fromstring(Table(Continuous(), 6, 40).svg())
