@@ -74,7 +74,7 @@ class _Ends(pl.Callback):
         self.ends.append(time.perf_counter())
         strategy = trainer.strategy
         if isinstance(strategy, ContinuousPipeStrategy):
-            figures = strategy.stage_run.training.books.figures()
+            figures = strategy.stage_run.training.last.news.books.figures()
             if len(self.ends) == strategy.num_stages + 1:
                 self._at_fill = figures
             # The drain begins when the first stage has no more forwards to run.
@@ -87,7 +87,7 @@ class _Ends(pl.Callback):
         outcome.ends = self.ends
         strategy = trainer.strategy
         if isinstance(strategy, ContinuousPipeStrategy):
-            figures = strategy.stage_run.training.books.figures()
+            figures = strategy.stage_run.training.last.news.books.figures()
             outcome.seconds = {kind: figures.seconds(kind) for kind in KINDS}
         self.outcome = outcome
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.engine.shapes import Shapes
-from lightning_cpipe.engine.training import gradient_of
+from lightning_cpipe.engine.stage_stream import gradient_of
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.weights import keep_only

@@ -8,7 +8,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
 
 from lightning_cpipe.schedules.action import GRADIENT_LEAVES, Action, Kind, Row
@@ -28,16 +28,23 @@ def with_transfers(plan: Plan, posted_ahead: int = POSTED_AHEAD) -> Plan:
         B0  ->  RECV_B0 B0 SEND_B0
         I0  ->  RECV_B0 I0 SEND_B0
     """
-    last = plan.num_stages - 1
-    lines = []
-    for stages, rows in zip(plan.held, plan.rows):
-        for stage in stages:
-            first_of = stage == 0 or plan.together(stage, stage - 1)
-            last_of = stage == last or plan.together(stage, stage + 1)
-            only = None if len(stages) == 1 else stage
-            rows = tuple(rows_with_transfers(rows, first=first_of, last=last_of, stage=only, posted_ahead=posted_ahead))
-        lines.append(rows)
+    lines = [
+        tuple(with_transfers_of_rank(rows, stages, plan.num_stages, posted_ahead))
+        for stages, rows in zip(plan.held, plan.rows)
+    ]
     return Plan(tuple(lines), plan.held)
+
+
+def with_transfers_of_rank(
+    rows: Iterable[Row], stages: Sequence[int], num_stages: int, posted_ahead: int = POSTED_AHEAD
+) -> Iterator[Row]:
+    """The same for the rank that holds `stages`; its rows may be endless."""
+    for stage in stages:
+        first = stage == 0 or stage - 1 in stages
+        last = stage == num_stages - 1 or stage + 1 in stages
+        only = None if len(stages) == 1 else stage
+        rows = rows_with_transfers(rows, first=first, last=last, stage=only, posted_ahead=posted_ahead)
+    return iter(rows)
 
 
 def rows_with_transfers(

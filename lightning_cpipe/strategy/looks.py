@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import MiniBatch
-from lightning_cpipe.engine.training import STEP
+from lightning_cpipe.engine.stage_stream import STEP
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.look import used_unreceived
 from lightning_cpipe.probe.step import Observed, Step

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_cpipe.engine.rehearsal import Passed, Rehearsal, added
-from lightning_cpipe.engine.training import STEP
+from lightning_cpipe.engine.stage_stream import STEP
 from lightning_cpipe.equality import difference
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.recording import Call, Recorder, Recording

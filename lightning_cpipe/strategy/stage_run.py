@@ -8,9 +8,10 @@ from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source
 from lightning_cpipe.engine.neighbours import Neighbours
+from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import Timeline
-from lightning_cpipe.engine.training import STEP, TrainingStream
+from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
@@ -61,9 +62,8 @@ class StageRun:
     ) -> TrainingStream:
         """Begin to train; see `TrainingStream`."""
         ties = Ties.of(self.module.cut.ties, self.module.stage, schedule, versions.named, self._lanes.ties)
-        self._training = TrainingStream(
-            self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step, ties
-        )
+        stage = StageStream(self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step)
+        self._training = TrainingStream([stage], schedule, self.module.num_stages, self._timeline, ties)
         return self._training
 
     def settle(self) -> int:

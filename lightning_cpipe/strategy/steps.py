@@ -69,7 +69,7 @@ class Steps:
         versions = Versions(own, schedule.versions.keeps)
         training = self._run.train(schedule, versions, fetcher_of(self._trainer), self._run_training_step)
         if self._several:
-            training.before_forward = self._look
+            training.last.before_forward = self._look
         return training
 
     def require_same_trainable(self) -> None:
@@ -103,11 +103,12 @@ class Steps:
         drawn = self._at
         if not self._several:
             self._run.training.skip_to(drawn.number)
-        work = self._run.training.forward_until(drawn.number)
+        self._run.training.forward_until(drawn.number)
         if not self._run.module.is_last:
             # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
             return torch.zeros((), device=self._device, requires_grad=True)
-        if work.returned is None:
+        returned = self._run.training.last.in_flight[drawn.number].returned
+        if returned is None:
             if self._several:
                 raise MisconfigurationException(
                     f"`training_step` returned None for mini-batch {drawn.number} (batch_idx {drawn.index} of epoch"
@@ -115,11 +116,12 @@ class Steps:
                     " gradient. Return a loss that is zero times something of the model."
                 )
             self._run.training.skip(drawn.number)
-        return work.returned
+        return returned
 
     def backward(self, of_loss: Callable[[], object]) -> None:
         """The backward of the loop's own mini-batch; `of_loss` runs it on the last stage."""
-        self._run.training.backward(self._at.number, of_loss if self._run.module.is_last else None)
+        self._run.training.last.of_loss = of_loss if self._run.module.is_last else None
+        self._run.training.backward(self._at.number)
 
     def begin_update_if_due(self) -> None:
         """After a backward: the optimizer steps next, unless gradients are still being accumulated."""

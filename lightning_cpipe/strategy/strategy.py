@@ -411,8 +411,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
             training = steps.begin_training(self._schedule)
-            training.hand_raised = lambda: self._hand_raised
-            sharing.hand_raised = training.is_hand_raised
+            training.last.news.hand_raised = lambda: self._hand_raised
+            sharing.hand_raised = training.last.news.is_hand_raised
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -657,12 +657,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
         All ranks must call it, after a checkpoint was restored and before the first step, as in `on_train_start`.
         """
         begun = self._module.trainer.fit_loop.total_batch_idx + 1
-        self.stage_run.training.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
+        self.stage_run.training.last.news.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
 
     def stage_figures(self) -> dict[int, StageFigures]:
         """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
-        training = self.stage_run.training
-        return {**training.figures, self.stage: training.books.figures()}
+        news = self.stage_run.training.last.news
+        return {**news.figures, self.stage: news.books.figures()}
 
     def promised_delay(self, stage: int) -> int:
         """How many updates old a stage's gradient is in the steady state, by the plan.
@@ -680,7 +680,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
         self.timeline.settle()
-        mine = (self.stage, self.timeline.spans, self.stage_run.training.books.figures())
+        mine = (self.stage, self.timeline.spans, self.stage_run.training.last.news.books.figures())
         return {stage: (spans, figures) for stage, spans, figures in self.processes.control.collect(mine)}
 
     # ---- the end ----

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.neighbours import Neighbours
+from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, UPDATE, Timeline
-from lightning_cpipe.engine.training import STEP, TrainingStream
+from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.errors import DataMismatchError, PlanError
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
@@ -79,7 +80,7 @@ class Stage:
         self.half = half
         self.timeline = Timeline()
         self.data = Batches(count)
-        self.stream = TrainingStream(
+        self.stage = StageStream(
             half,  # type: ignore[arg-type]
             Continuous(),
             Versions([("weight", half.weight)]),
@@ -88,15 +89,18 @@ class Stage:
             self.data,
             lambda mini_batch: mini_batch.batch,
         )
+        self.stream = TrainingStream([self.stage], Continuous(), 2, self.timeline)
 
     def forwards(self, number: int) -> None:
         """The first half of local step `number`."""
-        self.work = self.stream.forward_until(number)
+        self.stream.forward_until(number)
+        self.work = self.stage.in_flight[number]
 
     def finish(self) -> None:
         """The backward and the update of the local step."""
         number = self.work.mini_batch.number
-        self.stream.backward(number, None if self.half.stage == 0 else self.work.returned.backward)
+        self.stage.of_loss = None if self.half.stage == 0 else self.work.returned.backward
+        self.stream.backward(number)
         with self.stream.updating():
             self.stream.begin_update(number)
             with torch.no_grad():
@@ -142,13 +146,13 @@ def test_two_stages_run_their_rows_and_the_numbers_are_those_of_delayed_gradient
         w1.append(w1[-1] - 0.25 * used * (j + 1))
     assert first.half.weight.item() == w0[-1]
     assert last.half.weight.item() == w1[-1]
-    assert [each.stream.books.figures().most_delay for each in stages] == [1, 0]
+    assert [each.stage.news.books.figures().most_delay for each in stages] == [1, 0]
 
 
 def test_nothing_is_in_flight_when_the_data_has_ended(stages: tuple[Stage, Stage]) -> None:
     run_on(stages, [0, 1, 2])
-    assert not stages[0].stream.in_flight
-    assert not stages[1].stream.in_flight
+    assert not stages[0].stage.in_flight
+    assert not stages[1].stage.in_flight
 
 
 def test_after_the_data_ran_dry_the_pipeline_is_filled_anew(stages: tuple[Stage, Stage]) -> None:
@@ -219,34 +223,34 @@ def test_an_input_that_a_stage_did_not_use_has_a_gradient_of_zeros(stages: tuple
 def test_a_raised_hand_travels_with_the_next_activation(stages: tuple[Stage, Stage]) -> None:
     first, last = stages
     run_on(stages, [0])
-    assert not last.stream.is_hand_raised()
-    first.stream.hand_raised = lambda: True
+    assert not last.stage.news.is_hand_raised()
+    first.stage.news.hand_raised = lambda: True
     run_on(stages, [1])
     # The forward of mini-batch 2 took it along.
-    assert first.stream.is_hand_raised()
+    assert first.stage.news.is_hand_raised()
     last.forwards(2)
-    assert last.stream.is_hand_raised()
+    assert last.stage.news.is_hand_raised()
 
 
 def test_figures_of_the_stages_before_come_with_the_activations(stages: tuple[Stage, Stage]) -> None:
     first, last = stages
-    first.stream.tells_figures = lambda number: number != 1
+    first.stage.news.tells_figures = lambda number: number != 1
     seen = []
     for number in range(3):
         run_on(stages, [number])
-        seen.append(last.stream.figures[0].backwards)
+        seen.append(last.stage.news.figures[0].backwards)
     # When it forwarded mini-batch 2, the first stage had done its first backward; with mini-batch 1 it told nothing.
     assert seen == [0, 0, 1]
-    assert set(last.stream.figures) == {0}
-    assert not first.stream.figures
+    assert set(last.stage.news.figures) == {0}
+    assert not first.stage.news.figures
 
 
 def test_nobody_tells_figures_that_nobody_asked_for(stages: tuple[Stage, Stage]) -> None:
     run_on(stages, [0, 1, 2])
-    assert not stages[1].stream.figures
+    assert not stages[1].stage.news.figures
 
 
 def test_a_skipped_mini_batch_is_forgotten(stages: tuple[Stage, Stage]) -> None:
     stages[0].forwards(0)
     stages[0].stream.skip(0)
-    assert set(stages[0].stream.in_flight) == {1}
+    assert set(stages[0].stage.in_flight) == {1}

@@ -59,8 +59,8 @@ class Witness(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         training = trainer.strategy.stage_run.training
-        self.most_alive = max(self.most_alive, training.versions.alive)
-        self.most_delay = training.books.figures().most_delay
+        self.most_alive = max(self.most_alive, training.last.versions.alive)
+        self.most_delay = training.last.news.books.figures().most_delay
         self.promised_delay = trainer.strategy.promised_delay(trainer.strategy.stage)
 
 

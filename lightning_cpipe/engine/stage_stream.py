@@ -1,0 +1,268 @@
+"""What one stage does for each action of the plan.
+
+One local step of a stage in the middle, as `lightning_cpipe.schedules.transfers` writes it:
+
+    POST_F5 RECV_F3   F3   POST_B3 SEND_F3   RECV_B0   B0   SEND_B0   U0
+
+Every action has a method here, updates apart: when to update is not for a stage to say. The engine knows neither
+Lightning nor where mini-batches come from: it is given the user's step as a function.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cpipe.engine.choice import Choice
+from lightning_cpipe.engine.mini_batch import MiniBatch, Source, require_same
+from lightning_cpipe.engine.neighbours import Neighbours
+from lightning_cpipe.engine.news import News, Record
+from lightning_cpipe.engine.shapes import Known, Shapes
+from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, WAIT_GRADIENT, Timeline
+from lightning_cpipe.errors import DataMismatchError
+from lightning_cpipe.schedules.action import Kind
+from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.stage.versions import Versions
+from lightning_cpipe.tree import TemplateTable, TensorSpec
+
+STEP = "training_step"
+
+
+@dataclass
+class InFlight:
+    """A mini-batch that this stage has begun with and not yet backwarded.
+
+    Attributes:
+        mini_batch: which.
+        known: its shapes; None where they are new and this stage has not run.
+        told: whether the stage before told new ones.
+        received: what came from the stage before; leaves, those with a gradient collect it.
+        sent: what goes to the stage after, attached to the graph.
+        returned: what the step returned, on the last stage.
+        gradients: what came back for `sent`.
+    """
+
+    mini_batch: MiniBatch
+    known: Known | None
+    told: bool = False
+    received: Sequence[Tensor] = ()
+    sent: Sequence[Tensor] = ()
+    returned: Any = None
+    gradients: Sequence[Tensor] = ()
+
+
+class StageStream:
+    """One stage of one training run.
+
+    Args:
+        module: the stage.
+        schedule: which chooses versions.
+        versions: of the stage's weights.
+        to: the lanes.
+        timeline: where time is noted.
+        source: where the mini-batches are.
+        run_step: calls the user's step of the whole module on a mini-batch.
+    """
+
+    def __init__(
+        self,
+        module: StageModule,
+        schedule: Schedule,
+        versions: Versions,
+        to: Neighbours,
+        timeline: Timeline,
+        source: Source,
+        run_step: Callable[[MiniBatch], Any],
+    ) -> None:
+        self.in_flight: dict[int, InFlight] = {}
+        self.ran_dry = False
+        """Whether a mini-batch was asked for that is not there."""
+        self.news = News(module.stage, timeline)
+        """What this stage tells the next one beside its activations."""
+        self.versions = versions
+        """Of the stage's weights."""
+        self.before_forward: Callable[[MiniBatch, Sequence[Tensor], TemplateTable], object] = lambda *_: None
+        """Is told what a forward is about to run with: the mini-batch, what was received, and the stubs' outputs."""
+        self.of_loss: Callable[[], object] | None = None
+        """On the last stage, runs the backward of the loss."""
+        self._module = module
+        self._schedule = schedule
+        self._to = to
+        self._timeline = timeline
+        self._source = source
+        self._run_step = run_step
+        cut = module.cut.steps[STEP]
+        self._passage = cut.passages[module.stage]
+        self._shapes = Shapes(cut, self._passage)
+        self._gradient_comes = any(crossing.gradient for crossing in self._passage.sends)
+        self._gradient_goes = any(crossing.gradient for crossing in self._passage.receives)
+        self._methods: dict[Kind, Callable[[int], None]] = {
+            Kind.POST_FORWARD: self._post_activation,
+            Kind.RECV_FORWARD: self._receive_activation,
+            Kind.FORWARD: self._forward,
+            Kind.POST_BACKWARD: self._post_gradient,
+            Kind.SEND_FORWARD: self._send_activation,
+            Kind.RECV_BACKWARD: self._receive_gradient,
+            Kind.BACKWARD: self._backward,
+            Kind.SEND_BACKWARD: self._send_gradient,
+        }
+        self.begin_at(0)
+
+    @property
+    def stage(self) -> int:
+        """Which."""
+        return self._module.stage
+
+    def begin_at(self, number: int) -> None:
+        """The plan starts with mini-batch `number`: at the beginning, and after the data ran out."""
+        self._choice = Choice(self._schedule, self._module.stage, self._module.num_stages, number)
+        self._to_post: deque[int] = deque()
+        self.ran_dry = False
+
+    def do(self, kind: Kind, number: int) -> None:
+        """Do what an action says for mini-batch `number`."""
+        self._methods[kind](number)
+
+    def forget(self, number: int) -> None:
+        """Mini-batch `number` is done, or has no loss."""
+        self.versions.release(number)
+        del self.in_flight[number]
+        # The last stage forwards nothing in advance, so this is where it learns that the others have run dry.
+        if not self.in_flight and self._module.num_stages > 1 and self._source.mini_batch(number + 1) is None:
+            self.ran_dry = True
+
+    def make_room_for_update(self) -> None:
+        """The optimizer is about to step."""
+        self.versions.advance(self._choice.oldest_to_come(self._source))
+
+    # ---- one method for each action ----
+
+    def _post_activation(self, number: int) -> None:
+        self._to_post.append(number)
+        self._post_known()
+
+    def _post_known(self) -> None:
+        """Post the receives that are due, as far as their shapes are known; new ones are told with their record."""
+        assert self._to.activations_in is not None
+        while self._to_post:
+            mini_batch = self._source.mini_batch(self._to_post[0])
+            known = None if mini_batch is None else self._shapes.of(mini_batch.signature)
+            if known is None:
+                return
+            self._to.activations_in.post(known.received)
+            self._to_post.popleft()
+
+    def _receive_activation(self, number: int) -> None:
+        mini_batch = self._source.mini_batch(number)
+        if mini_batch is None:
+            return
+        assert self._to.activations_in is not None
+        assert self._to.records_in is not None
+        with self._timeline.measure(WAIT_ACTIVATION, number):
+            record = Record(*self._to.records_in.receive())
+            require_same(self._module.stage, mini_batch.mark, record.mark, STEP)
+            self.news.hear(record)
+            if record.table is not None:
+                self._shapes.learn(mini_batch.signature, record.table)
+                self._post_known()
+            received = self._to.activations_in.receive()
+        known = self._shapes.of(mini_batch.signature)
+        self.in_flight[number] = InFlight(mini_batch, known, record.table is not None, received)
+
+    def _forward(self, number: int) -> None:
+        mini_batch = self._source.mini_batch(number)
+        if mini_batch is None:
+            self.ran_dry = True
+            return
+        work = self.in_flight.get(number) or InFlight(mini_batch, self._shapes.of(mini_batch.signature))
+        self.in_flight[number] = work
+        new = work.told or work.known is None
+        if not new:
+            self._send_record(mini_batch, None)
+        table = None if work.known is None else work.known.table
+        for leaf, crossing in zip(work.received, self._passage.receives):
+            leaf.requires_grad_(crossing.gradient)
+        self.versions.use(number, self._choice.forward(mini_batch, min(self.in_flight), self.versions.count))
+        with self._timeline.measure(FORWARD, number), self.versions.of(number):
+            self.before_forward(mini_batch, work.received, table or {})
+            made = self._module.forward(
+                STEP, lambda: self._run_step(mini_batch), mini_batch.seed, work.received, table, describe=new
+            )
+        if new:
+            table = {**(table or {}), **made.templates}
+            work.known = self._shapes.learn(mini_batch.signature, table)
+            self._send_record(mini_batch, table)
+        work.sent, work.returned = made.sent, made.returned
+
+    def _post_gradient(self, number: int) -> None:
+        work = self.in_flight.get(number)
+        if work is not None and work.known is not None and self._gradient_comes:
+            assert self._to.gradients_in is not None
+            self._to.gradients_in.post(work.known.gradients)
+
+    def _send_activation(self, number: int) -> None:
+        work = self.in_flight.get(number)
+        if work is not None and work.known is not None:
+            assert self._to.activations_out is not None
+            self._require_announced(work.sent, work.known.sent, number)
+            self._to.activations_out.send(work.sent)
+
+    def _receive_gradient(self, number: int) -> None:
+        if self._gradient_comes:
+            assert self._to.gradients_in is not None
+            with self._timeline.measure(WAIT_GRADIENT, number):
+                self.in_flight[number].gradients = self._to.gradients_in.receive()
+
+    def _backward(self, number: int) -> None:
+        work = self.in_flight[number]
+        self.news.books.backward_begins(self.versions.count - self.versions.number_of(number))
+        with (
+            self._timeline.measure(BACKWARD, number),
+            self.versions.of(number),
+            self._module.drawing(work.mini_batch.seed),
+        ):
+            if self.of_loss is not None:
+                self.of_loss()
+            else:
+                self._through(work.sent, work.gradients)
+        if self._to.gradients_out is None:
+            self.forget(number)
+
+    def _send_gradient(self, number: int) -> None:
+        assert self._to.gradients_out is not None
+        if self._gradient_goes:
+            received = self.in_flight[number].received
+            self._to.gradients_out.send([gradient_of(leaf) for leaf in received if leaf.requires_grad])
+        self.forget(number)
+
+    # ---- what they need ----
+
+    def _send_record(self, mini_batch: MiniBatch, table: TemplateTable | None) -> None:
+        if self._to.records_out is not None:
+            self._to.records_out.send(tuple(self.news.record(mini_batch, table)))
+
+    def _through(self, sent: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        outputs = [out for out, crossing in zip(sent, self._passage.sends) if crossing.gradient]
+        pairs = [(out, gradient) for out, gradient in zip(outputs, gradients) if out.requires_grad]
+        if pairs:
+            torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
+
+    def _require_announced(self, sent: Sequence[Tensor], specs: Sequence[TensorSpec], number: int) -> None:
+        for tensor, spec, crossing in zip(sent, specs, self._passage.sends):
+            if (found := TensorSpec.of(tensor)) != spec:
+                raise DataMismatchError(
+                    f"{crossing.value} is {found} for mini-batch {number}; for earlier mini-batches of the same shapes"
+                    f" it was {spec}, and the next stage counts on that. A shape that depends on the numbers in a"
+                    " batch can't cross a cut: pad to a fixed size, or move the cut with `split_points`."
+                )
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """What came back for a received tensor; zeros if the step did not use it this time."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
