@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from lightning_cpipe.balance.costs import BlockCost, Costs
 from lightning_cpipe.balance.memory import MemoryNeeds, StageMemory
+from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.cut import Crossing, Cut
 from lightning_cpipe.tree import TemplateTable
 
@@ -106,7 +107,10 @@ class Forecast:
         """Share of the run's slots that the schedule leaves idle: fill and drain."""
         if self.num_batches is None:
             return None
-        return self.needs.schedule.idle_ratio(len(self.stages), self.num_batches, drained=True)
+        schedule, p = self.needs.schedule, len(self.stages)
+        if isinstance(schedule, Continuous):
+            return schedule.idle_ratio(p, self.num_batches, drained=True)
+        return schedule.slot_exact_ratio(p, self.needs.num_batches)
 
     @property
     def dominant(self) -> tuple[BlockCost, float] | None:

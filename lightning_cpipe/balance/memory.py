@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_cpipe.balance.costs import Costs, Held
 from lightning_cpipe.balance.split import balanced_starts, least_largest
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.schedule import Schedule
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
@@ -108,12 +108,14 @@ class MemoryNeeds:
         num_stages: p.
         state_multiple: the optimizer's state, in multiples of the trained weights.
         limit: bytes that a stage may take; None for any.
+        num_batches: that the schedule's plan is for.
     """
 
-    schedule: Continuous
+    schedule: Schedule
     num_stages: int
     state_multiple: float = ADAM
     limit: int | None = None
+    num_batches: int = sys.maxsize
 
     def of(self, stage: int, held: Held) -> StageMemory:
         """What a stage needs that holds this."""
@@ -126,8 +128,8 @@ class MemoryNeeds:
         )
 
     def in_flight(self, stage: int) -> int:
-        """The mini-batches that a stage has forwarded and not yet backwarded, at most."""
-        return self.schedule.in_flight(stage, self.num_stages, sys.maxsize)
+        """The mini-batches, or micro-batches, that a stage has forwarded and not yet backwarded, at most."""
+        return self.schedule.in_flight(stage, self.num_stages, self.num_batches)
 
     def of_all(self, costs: Costs, starts: Sequence[int]) -> list[StageMemory]:
         """What each stage needs if stages 1 … p − 1 begin at these positions."""

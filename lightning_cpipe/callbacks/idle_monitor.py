@@ -119,7 +119,7 @@ class IdleMonitor(pl.Callback):
             numbers[f"stage{stage}/delay_promised_updates"] = strategy.promised_delay(stage)
         numbers |= {f"pipe/{name}": float(mean.compute()) for name, mean in means.items()}
         done = figures[max(figures)].backwards
-        numbers["pipe/idle_ratio_predicted"] = strategy.schedule.idle_ratio(strategy.num_stages, done, drained=drained)
+        numbers["pipe/idle_ratio_predicted"] = strategy.promised_idle_ratio(done, drained=drained)
         numbers["pipe/evaluation_s"] = max(each.seconds(EVALUATION) for each in figures.values())
         return numbers
 

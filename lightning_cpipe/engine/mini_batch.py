@@ -69,6 +69,17 @@ class Source(Protocol):
         """Mini-batch `number`; None if the run will not train it, or it was not drawn yet."""
 
 
+class Slices(Source, Protocol):
+    """Where the engine finds the micro-batches of a flush schedule, which are its plan's mini-batches."""
+
+    def begin(self, number: int) -> range:
+        """Slice mini-batch `number`, at which the loop is.
+
+        Returns:
+            The numbers of its micro-batches, which no other of the run has.
+        """
+
+
 def fingerprint(batch: Any) -> int:
     """A cheap hash of a batch: equal batches have equal ones, and different ones hardly ever do.
 

@@ -89,8 +89,8 @@ class StageStream:
         """Of the stage's weights."""
         self.before_forward: Callable[[MiniBatch, Sequence[Tensor], TemplateTable], object] = lambda *_: None
         """Is told what a forward is about to run with: the mini-batch, what was received, and the stubs' outputs."""
-        self.of_loss: Callable[[], object] | None = None
-        """On the last stage, runs the backward of the loss."""
+        self.of_loss: Callable[[InFlight], object] | None = None
+        """On the last stage, runs the backward of a mini-batch's loss."""
         self._module = module
         self._schedule = schedule
         self._to = to
@@ -228,7 +228,7 @@ class StageStream:
             self._module.drawing(work.mini_batch.seed),
         ):
             if self.of_loss is not None:
-                self.of_loss()
+                self.of_loss(work)
             else:
                 self._through(work.sent, work.gradients)
         if self._to.gradients_out is None:

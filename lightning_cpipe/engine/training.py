@@ -3,6 +3,9 @@
 The plan decided the order before the run, messages included; nothing here depends on what arrives when. The loop above
 asks for the actions up to a backward, for that backward, and for an update; when to update, and when a run ends, is
 not for the plan to say.
+
+The plan of a flush schedule is about the micro-batches of one mini-batch. It begins anew with each: the loop asks for
+the actions up to the first backward, and for all the others.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+from lightning_cpipe.engine.mini_batch import Slices
 from lightning_cpipe.engine.stage_stream import StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
@@ -22,6 +26,9 @@ from lightning_cpipe.schedules.transfers import POSTED_AHEAD, with_transfers_of_
 
 _OF_BACKWARD = (Kind.RECV_BACKWARD, Kind.BACKWARD, Kind.SEND_BACKWARD)
 """The actions that wait until the loop asks for a backward."""
+
+_OVER = Action(Kind.UPDATE, -1)
+"""Stands where the next action of a plan would, after its last one."""
 
 
 def room_on_lanes(lag: int) -> int:
@@ -42,6 +49,7 @@ class TrainingStream:
         num_stages: p.
         timeline: where time is noted.
         ties: of the rank with others; None where it has none.
+        slices: where the micro-batches are; None where the schedule streams whole mini-batches.
     """
 
     def __init__(
@@ -51,15 +59,19 @@ class TrainingStream:
         num_stages: int,
         timeline: Timeline,
         ties: Ties | None = None,
+        slices: Slices | None = None,
     ) -> None:
         self.stages = {stage.stage: stage for stage in stages}
         self._schedule = schedule
         self._num_stages = num_stages
         self._timeline = timeline
         self._ties = ties or Ties()
+        self._slices = slices
         self._updated = 0
-        self._next: Action
-        self._begin_at(0)
+        self._begun = -1
+        self._next = _OVER
+        if slices is None:
+            self._begin_at(0)
 
     @property
     def last(self) -> StageStream:
@@ -76,16 +88,14 @@ class TrainingStream:
 
     def forward_until(self, number: int) -> None:
         """Run the actions up to the first backward of mini-batch `number`, without it."""
-        if all(stage.ran_dry and not stage.in_flight for stage in self.stages.values()):
+        if self._next is _OVER:
+            _require_planned(max(number, self._begun + 1), number)
+            self._begin_at(number)
+        elif all(stage.ran_dry and not stage.in_flight for stage in self.stages.values()):
             self._begin_at(number)
         while self._next.kind not in _OF_BACKWARD:
             self._run_next()
-        if (planned := self._first + self._next.batch) != number:
-            raise PlanError(
-                f"the loop asks for mini-batch {number} where the plan has {planned}: every mini-batch must be"
-                " trained once, in order. An `optimizer_step` that does not call its closure, or calls it twice, can't"
-                " run in a pipeline."
-            )
+        _require_planned(self._begun if self._slices else self._first + self._next.batch, number)
 
     def backward(self, number: int) -> None:
         """Run the actions up to the updates that follow the backwards of mini-batch `number`."""
@@ -98,19 +108,22 @@ class TrainingStream:
 
     def skip_to(self, number: int) -> None:
         """The loop left out the mini-batches before `number`, which one stage alone has not forwarded yet."""
-        while not self.last.in_flight and self._first + self._next.batch < number:
+        while self._next is not _OVER and not self.last.in_flight and self._first + self._next.batch < number:
             self._next = next(self._actions)
 
     def skip(self, number: int) -> None:
         """Mini-batch `number` has no loss: forget it."""
+        self.last.forget(self._first if self._slices else number)
         while self._next.kind in _OF_BACKWARD:
             self._next = next(self._actions)
-        self.last.forget(number)
+        if self._slices:
+            # Its update is all that is left.
+            self._next = _OVER
 
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
-        self._updated = number
-        self._timeline.begin_update(number)
+        self._updated = self._first if self._slices else number
+        self._timeline.begin_update(self._updated)
         for stage in self.stages.values():
             stage.make_room_for_update()
 
@@ -133,15 +146,16 @@ class TrainingStream:
     # ---- the plan ----
 
     def _begin_at(self, number: int) -> None:
-        """Start the plan with mini-batch `number` as its first: at the beginning, and after the data ran out."""
+        """Start the plan with mini-batch `number`: at the beginning, after the data ran out, and after each flush."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
-        rows = self._schedule.rank_rows(sorted(self.stages), self._num_stages, sys.maxsize // 2)
+        numbers = self._slices.begin(number) if self._slices else range(number, sys.maxsize // 2)
+        rows = self._schedule.rank_rows(sorted(self.stages), self._num_stages, len(numbers))
         rows = with_transfers_of_rank(rows, sorted(self.stages), self._num_stages)
         self._actions: Iterator[Action] = (action for row in rows for action in row)
         self._next = next(self._actions)
-        self._first = number
+        self._begun, self._first = number, numbers.start
         for stage in self.stages.values():
-            stage.begin_at(number)
+            stage.begin_at(numbers.start)
 
     @property
     def _next_stage(self) -> StageStream:
@@ -152,4 +166,13 @@ class TrainingStream:
         # When to update is for the loop to say.
         if self._next.kind is not Kind.UPDATE:
             self._next_stage.do(self._next.kind, self._first + self._next.batch)
-        self._next = next(self._actions)
+        self._next = next(self._actions, _OVER)
+
+
+def _require_planned(planned: int, asked: int) -> None:
+    if planned != asked:
+        raise PlanError(
+            f"the loop asks for mini-batch {asked} where the plan has {planned}: every mini-batch must be"
+            " trained once, in order. An `optimizer_step` that does not call its closure, or calls it twice, can't"
+            " run in a pipeline."
+        )

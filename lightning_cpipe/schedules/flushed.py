@@ -35,6 +35,14 @@ class Flushed(Schedule, ABC):
         """0: the update waits for every gradient."""
         return 0
 
+    def most_delay(self, stage: int, num_stages: int) -> int:
+        """0, always."""
+        return 0
+
+    def live_versions(self, stage: int, num_stages: int) -> int:
+        """1."""
+        return 1
+
     def rows_late(self, user: int, owner: int) -> int:
         """0: the update waits for every gradient."""
         return 0

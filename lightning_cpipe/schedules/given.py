@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.action import Kind, Row
-from lightning_cpipe.schedules.check import delays, most_in_flight, versions
+from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.exchange import read_csv
 from lightning_cpipe.schedules.plan import Held, Plan
@@ -91,6 +91,14 @@ class Given(Schedule):
     def delay(self, stage: int, num_stages: int, batch: int) -> int:
         """As counted."""
         return delays(self.given, stage)[batch]
+
+    def most_delay(self, stage: int, num_stages: int) -> int:
+        """As counted."""
+        return max(delays(self.given, stage).values())
+
+    def live_versions(self, stage: int, num_stages: int) -> int:
+        """As counted."""
+        return live_versions(self.given, stage)
 
     def rows_late(self, user: int, owner: int) -> int:
         """0: stages that share weights wait for each other."""

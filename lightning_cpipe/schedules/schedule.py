@@ -114,6 +114,14 @@ class Schedule(ABC):
         """How many updates old the version is that the gradient of `batch` is for, when `stage` applies it."""
 
     @abstractmethod
+    def most_delay(self, stage: int, num_stages: int) -> int:
+        """The largest delay in the steady state."""
+
+    @abstractmethod
+    def live_versions(self, stage: int, num_stages: int) -> int:
+        """The largest number of versions that are needed at once, the newest included."""
+
+    @abstractmethod
     def rows_late(self, user: int, owner: int) -> int:
         """By how many of its own rows the owner of a tied parameter adds the gradient of stage `user` later."""
 

@@ -52,8 +52,9 @@ def rows_with_transfers(
 ) -> Iterator[Row]:
     """The rows of a rank with the transfers of one stage, in the order in which the engine issues them.
 
-    They may be endless. The receive of a gradient is posted as soon as the forward has told its shape. The gradient is
-    sent directly after the backward, or its first half, before the update, which then hides the transfer.
+    They may be endless. The receives of gradients are posted in the order in which the next stage sends them, each as
+    soon as the forward has told its shape. The gradient is sent directly after the backward, or its first half, before
+    the update, which then hides the transfer.
 
     Args:
         rows: of the rank.
@@ -62,14 +63,13 @@ def rows_with_transfers(
         stage: which one; None where the rank holds no other, so that actions need not name it.
         posted_ahead: how many receives of activations are posted before they are needed.
     """
-    rows, rows_ahead = tee(rows)
-    to_post = (
-        action.batch
-        for row in rows_ahead
-        for action in row
-        if action.kind is Kind.FORWARD and stage in (None, action.stage)
-    )
+    rows, *ahead = tee(rows, 3)
+    to_post = _batches(ahead[0], stage, Kind.FORWARD)
+    # All stages run their backwards in the same order.
+    to_post_back = _batches(ahead[1], stage, *GRADIENT_LEAVES)
     posted = forwarded = 0
+    waiting: set[int] = set()
+    back: int | None = None
     for row in rows:
         actions: list[Action] = []
         for action in row:
@@ -83,9 +83,14 @@ def rows_with_transfers(
                 forwarded += 1
                 actions += [] if first else [Action(Kind.RECV_FORWARD, batch, stage)]
                 actions.append(action)
-                actions += (
-                    [] if last else [Action(Kind.POST_BACKWARD, batch, stage), Action(Kind.SEND_FORWARD, batch, stage)]
-                )
+                if not last:
+                    waiting.add(batch)
+                    back = next(to_post_back, None) if back is None else back
+                    while back in waiting:
+                        actions.append(Action(Kind.POST_BACKWARD, back, stage))
+                        waiting.remove(back)
+                        back = next(to_post_back, None)
+                    actions.append(Action(Kind.SEND_FORWARD, batch, stage))
             elif action.kind in GRADIENT_LEAVES:
                 actions += [] if last else [Action(Kind.RECV_BACKWARD, batch, stage)]
                 actions.append(action)
@@ -93,3 +98,8 @@ def rows_with_transfers(
             else:
                 actions.append(action)
         yield tuple(actions)
+
+
+def _batches(rows: Iterable[Row], stage: int | None, *kinds: Kind) -> Iterator[int]:
+    """The batches that one stage does one of `kinds` for, in order."""
+    return (action.batch for row in rows for action in row if action.kind in kinds and stage in (None, action.stage))

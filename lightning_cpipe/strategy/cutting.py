@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -26,6 +27,7 @@ from lightning_cpipe.probe.lent import lent_weights
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import make_room, needed_by, replace, standing_in
@@ -41,7 +43,7 @@ def agree_on_cut(
     trainer: pl.Trainer,
     processes: Processes,
     asked: Options,
-    schedule: Continuous,
+    schedule: Schedule,
     device: torch.device,
     seed: int,
     blueprint: Blueprint | None = None,
@@ -110,16 +112,17 @@ def _held(module: pl.LightningModule, blueprint: Blueprint | None) -> set[str]:
 
 
 def _find(
-    trainer: pl.Trainer, processes: Processes, asked: Options, schedule: Continuous, device: torch.device, seed: int
+    trainer: pl.Trainer, processes: Processes, asked: Options, schedule: Schedule, device: torch.device, seed: int
 ) -> Cut:
     module = trainer.lightning_module
-    steps = probe_steps(trainer, processes, device, seed)
+    steps = probe_steps(trainer, processes, device, seed, asked.num_microbatches)
     if not steps:
         # Nothing will run, and the module stays whole.
         return Cut(starts=(), steps={})
     needs: MemoryNeeds | None = None
     if asked.memory_limit is not None and trainer.state.fn == TrainerFn.FITTING:
-        needs = memory_needs(trainer, schedule, processes.num_stages, bytes_of(asked.memory_limit))
+        limit = bytes_of(asked.memory_limit)
+        needs = memory_needs(trainer, schedule, processes.num_stages, limit, asked.num_microbatches)
     found: Cut | None = None
     error: CutError | None = None
     if processes.rank == 0:
@@ -150,7 +153,9 @@ def _bring_home(module: pl.LightningModule, cut: Cut, processes: Processes, hold
             replace(module, parameter, nn.Parameter(numbers, parameter.requires_grad))
 
 
-def memory_needs(trainer: pl.Trainer, schedule: Continuous, num_stages: int, limit: int | None) -> MemoryNeeds:
+def memory_needs(
+    trainer: pl.Trainer, schedule: Schedule, num_stages: int, limit: int | None, num_microbatches: int = 1
+) -> MemoryNeeds:
     """What decides how much memory the stages of this run need, once its loaders are there.
 
     The user's `configure_optimizers` is called for a look at the class of what it makes, and nothing of it is kept.
@@ -162,12 +167,23 @@ def memory_needs(trainer: pl.Trainer, schedule: Continuous, num_stages: int, lim
     accumulate, length = trainer.accumulate_grad_batches, trainer.num_training_batches
     # An epoch that accumulation does not divide ends with an update of its own.
     divides = length == math.inf or int(length) % accumulate == 0
-    schedule = dataclasses.replace(schedule, accumulate=accumulate, epoch_length=None if divides else int(length))
-    return MemoryNeeds(schedule, num_stages, max(multiples, default=0.0), limit)
+    schedule = accumulating(schedule, accumulate, None if divides else int(length))
+    streams = isinstance(schedule, Continuous)
+    num_batches = sys.maxsize if streams else num_microbatches
+    return MemoryNeeds(schedule, num_stages, max(multiples, default=0.0), limit, num_batches)
 
 
-def probe_steps(trainer: pl.Trainer, processes: Processes, device: torch.device, seed: int) -> list[Step]:
-    """The steps that this run will take, each on its first batch.
+def accumulating(schedule: Schedule, accumulate: int, epoch_length: int | None = None) -> Schedule:
+    """A schedule that knows how many mini-batches make an update, if it is of mini-batches."""
+    if not isinstance(schedule, Continuous):
+        return schedule
+    return dataclasses.replace(schedule, accumulate=accumulate, epoch_length=epoch_length)
+
+
+def probe_steps(
+    trainer: pl.Trainer, processes: Processes, device: torch.device, seed: int, num_microbatches: int = 1
+) -> list[Step]:
+    """The steps that this run will take, each on its first batch; in training on the first micro-batch of it.
 
     Every rank draws the batches, so that their loaders go the same way; only rank 0 runs the steps.
     """
@@ -178,7 +194,7 @@ def probe_steps(trainer: pl.Trainer, processes: Processes, device: torch.device,
         _require_same_first_batch(processes, None if first is None else first.fingerprint)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
-        steps = [training_probe_step(module, first, device, seed)]
+        steps = [training_probe_step(module, first, device, seed, num_microbatches)]
         if trainer.enable_validation:
             steps += evaluation_probe_step(module, validation_of(trainer), "validation_step", device, seed)
         return steps

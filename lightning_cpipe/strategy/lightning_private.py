@@ -66,16 +66,20 @@ __all__ = [
     "instead_of",
     "known_metrics",
     "learn_metrics",
+    "logging_for",
     "optimizers_to_device",
     "prepare_batch",
+    "reduction_of",
     "reloads_loaders_at",
     "seed_workers",
     "set_num_threads_if_needed",
     "set_received_sigterm",
     "set_sampler_epoch",
+    "set_step_values",
     "start_children",
     "states_of_loaders",
     "take_over_signals",
+    "take_step_values",
     "training_arguments",
     "updates_after_this_batch",
     "with_column",
@@ -235,6 +239,44 @@ def learn_metrics(trainer: pl.Trainer, callback: Mapping[str, Tensor], logged: M
     known_callback, known_logged = known_metrics(trainer)
     known_callback.update(callback)
     known_logged.update(logged)
+
+
+@contextmanager
+def logging_for(trainer: pl.Trainer, batch: Any) -> Iterator[None]:
+    """Inside, what the module logs is logged by `training_step`, for this batch instead of the loop's."""
+    module, results = trainer.lightning_module, _training_results(trainer)
+    before = module._current_fx_name, results.batch, results.batch_size
+    module._current_fx_name, results.batch, results.batch_size = "training_step", batch, None
+    try:
+        yield
+    finally:
+        module._current_fx_name, results.batch, results.batch_size = before
+
+
+def take_step_values(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """The values of the step that `training_step` logged with ``on_step=True``, by key; they are taken away."""
+    taken = {}
+    for key, metric in _training_results(trainer).items():
+        if metric.meta.fx == "training_step" and isinstance(metric._forward_cache, Tensor):
+            taken[key] = metric._forward_cache
+            metric._forward_cache = None
+    return taken
+
+
+def set_step_values(trainer: pl.Trainer, values: Mapping[str, Tensor]) -> None:
+    """Let these be the values of the step, by the keys of `take_step_values`."""
+    for key, value in values.items():
+        _training_results(trainer)[key]._forward_cache = value
+
+
+def reduction_of(trainer: pl.Trainer, key: str) -> str:
+    """How the values under a key are put together over an epoch: ``mean``, ``max``, ``min`` or ``sum``."""
+    metric = _training_results(trainer)[key]
+    return metric.meta.reduce_fx.__name__ if metric.is_tensor else "mean"
+
+
+def _training_results(trainer: pl.Trainer) -> Any:
+    return trainer.fit_loop._results
 
 
 def take_over_signals(trainer: pl.Trainer, received: Callable[[], None]) -> None:

@@ -37,15 +37,21 @@ from lightning_cpipe.strategy.lightning_private import (
     training_arguments,
 )
 from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
+from lightning_cpipe.strategy.micro_batches import micro_batches
 from lightning_cpipe.strategy.refusals import refuse_broadcast
 from lightning_cpipe.strategy.step_names import STEPS
 from lightning_cpipe.tree import flatten, signature
 
 
-def training_probe_step(module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int) -> Step:
-    """`training_step` on the first mini-batch that will be trained."""
+def training_probe_step(
+    module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int, num_microbatches: int = 1
+) -> Step:
+    """`training_step` on the first mini-batch that will be trained, or on the first micro-batch of it."""
     with unchanged():
         batch = prepare_batch(module, drawn.batch, device)
+        if num_microbatches > 1:
+            drawn = micro_batches(drawn, batch, module, num_microbatches)[0]
+            batch = drawn.batch
     arguments = training_arguments(module.trainer, batch, drawn.index)
     return _step(module, "training_step", arguments, seed, drawn.signature)
 

@@ -17,14 +17,16 @@ from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.schedules.policies import POLICIES
+from lightning_cpipe.schedules.flushed import Flushed
+from lightning_cpipe.schedules.policies import POLICIES, STASH
+from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
 
-RUN = ("continuous",)
+RUN = ("continuous", "gpipe", "1f1b")
 """The schedules that the engine runs. Every one can be drawn and checked."""
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
@@ -73,13 +75,26 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"schedule={asked.schedule!r}: `cpipe schedule` draws and checks it, but only"
             f" {', '.join(map(repr, RUN))} runs for now. {LATER}"
         )
-    if asked.num_microbatches != 1:
+    flushes = issubclass(SCHEDULES.get(asked.schedule, Continuous), Flushed)
+    if asked.num_microbatches < 1:
+        yield f"num_microbatches={asked.num_microbatches}: the least is 1."
+    elif asked.num_microbatches != 1 and not flushes:
         yield (
-            f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches;"
-            f" micro-batches come with the flush schedules. {LATER}"
+            f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches. Leave it"
+            " out, or set schedule='1f1b' or 'gpipe', which slice them."
         )
     if asked.versions not in POLICIES:
         yield f"versions={asked.versions!r}: there is none of that name; there are {', '.join(map(repr, POLICIES))}."
+    elif flushes and asked.versions != STASH.name:
+        yield (
+            f"versions={asked.versions!r}: with schedule={asked.schedule!r} all micro-batches of an update use the same"
+            " weights, and there is but one version. Leave it out."
+        )
+    if flushes and asked.extra_in_flight > 0:
+        yield (
+            f"extra_in_flight={asked.extra_in_flight}: with schedule={asked.schedule!r} nothing of the next mini-batch"
+            " is forwarded before the update. Leave it out, or take the continuous schedule."
+        )
     if asked.remedy is not None:
         yield f"remedy={asked.remedy!r}: none for now. {LATER}"
     if asked.extra_in_flight < 0:
@@ -143,7 +158,7 @@ def reasons_in_trainer(
         )
 
 
-def reasons_in_accumulation(trainer: pl.Trainer, schedule: Continuous, num_stages: int) -> Iterator[str]:
+def reasons_in_accumulation(trainer: pl.Trainer, schedule: Schedule, num_stages: int) -> Iterator[str]:
     """Whether enough mini-batches share an update, at all times."""
     if not trainer.training or not schedule.versions.of_window:
         return

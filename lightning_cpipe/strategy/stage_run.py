@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
-from lightning_cpipe.engine.mini_batch import MiniBatch, Source
+from lightning_cpipe.engine.mini_batch import MiniBatch, Slices, Source
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
@@ -59,11 +59,13 @@ class StageRun:
         versions: Versions,
         source: Source,
         run_step: Callable[[MiniBatch], object],
+        slices: Slices | None = None,
     ) -> TrainingStream:
         """Begin to train; see `TrainingStream`."""
         ties = Ties.of(self.module.cut.ties, self.module.stage, schedule, versions.named, self._lanes.ties)
+        source = slices or source
         stage = StageStream(self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step)
-        self._training = TrainingStream([stage], schedule, self.module.num_stages, self._timeline, ties)
+        self._training = TrainingStream([stage], schedule, self.module.num_stages, self._timeline, ties, slices)
         return self._training
 
     def settle(self) -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
+from lightning_cpipe.engine.stage_stream import InFlight
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
@@ -26,6 +27,8 @@ from lightning_cpipe.strategy.lightning_private import (
 )
 from lightning_cpipe.strategy.looks import Looks, is_due
 from lightning_cpipe.strategy.loops import at_its_own_time, fetcher_of
+from lightning_cpipe.strategy.micro_batches import MicroBatch, MicroBatches
+from lightning_cpipe.strategy.one_step import OneStep
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.tree import TemplateTable
 
@@ -53,11 +56,18 @@ class Steps:
         self._mark = (-1, 0)
         self._trainable: dict[str, bool] = {}
         self._looks = Looks(self._lightning_module, run.module, device)
+        self._micro_batches: MicroBatches | None = None
+        self._one_step = OneStep(trainer)
         self.running = False
         """Whether the user's `training_step` is running."""
 
-    def begin_training(self, schedule: Schedule) -> TrainingStream:
-        """Be ready to train the weights that are on this stage."""
+    def begin_training(self, schedule: Schedule, num_microbatches: int | None) -> TrainingStream:
+        """Be ready to train the weights that are on this stage.
+
+        Args:
+            schedule: who does what, when.
+            num_microbatches: slices of a mini-batch; None where the schedule streams whole mini-batches.
+        """
         own = [
             (name, parameter)
             for name, parameter in self._lightning_module.named_parameters()
@@ -66,8 +76,11 @@ class Steps:
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
+        source = fetcher_of(self._trainer)
+        if num_microbatches is not None:
+            self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
         versions = Versions(own, schedule.versions.keeps)
-        training = self._run.train(schedule, versions, fetcher_of(self._trainer), self._run_training_step)
+        training = self._run.train(schedule, versions, source, self._run_training_step, self._micro_batches)
         if self._several:
             training.last.before_forward = self._look
         return training
@@ -104,10 +117,12 @@ class Steps:
         if not self._several:
             self._run.training.skip_to(drawn.number)
         self._run.training.forward_until(drawn.number)
-        if not self._run.module.is_last:
-            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead.
+        numbers = self._numbers
+        if not self._run.module.is_last or len(numbers) > 1:
+            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead, or the losses of
+            # the micro-batches, of which some are forwarded later.
             return torch.zeros((), device=self._device, requires_grad=True)
-        returned = self._run.training.last.in_flight[drawn.number].returned
+        returned = self._run.training.last.in_flight[numbers[0]].returned
         if returned is None:
             if self._several:
                 raise MisconfigurationException(
@@ -118,10 +133,26 @@ class Steps:
             self._run.training.skip(drawn.number)
         return returned
 
-    def backward(self, of_loss: Callable[[], object]) -> None:
-        """The backward of the loop's own mini-batch; `of_loss` runs it on the last stage."""
+    def backward(self, loss: Tensor, run: Callable[[Tensor], object]) -> None:
+        """The backward of the loop's own mini-batch; on the last stage, `run` runs that of its loss."""
+        sliced = len(self._numbers) > 1
+
+        def of_loss(work: InFlight) -> None:
+            micro_batch = work.mini_batch
+            if sliced and isinstance(micro_batch, MicroBatch):
+                run(self._one_step.share_of(micro_batch, work.returned))
+            else:
+                run(loss)
+
         self._run.training.last.of_loss = of_loss if self._run.module.is_last else None
         self._run.training.backward(self._at.number)
+        if sliced and self._run.module.is_last:
+            self._one_step.end()
+
+    def output(self, output: dict[str, Any]) -> dict[str, Any]:
+        """What the hooks get as the output of the local step; on the last stage, with the true loss."""
+        sliced = len(self._numbers) > 1
+        return self._one_step.output(output) if sliced and self._run.module.is_last else output
 
     def begin_update_if_due(self) -> None:
         """After a backward: the optimizer steps next, unless gradients are still being accumulated."""
@@ -150,6 +181,13 @@ class Steps:
         return self._run.evaluations[name].run(arguments[0], self._mark, seed, lambda: step(*arguments))
 
     @property
+    def _numbers(self) -> range:
+        """What the plan says of the mini-batch at hand is about these: its micro-batches, or itself."""
+        if self._micro_batches is not None:
+            return self._micro_batches.numbers
+        return range(self._at.number, self._at.number + 1)
+
+    @property
     def _at(self) -> Drawn:
         """The mini-batch that the training loop is at."""
         released = fetcher_of(self._trainer).released
@@ -163,7 +201,7 @@ class Steps:
             arguments = self._arguments(mini_batch)
             self.running = True
             try:
-                with self._precision.train_step_context():
+                with self._heard_for(mini_batch), self._precision.train_step_context():
                     return self._lightning_module.training_step(*arguments)
             finally:
                 self.running = False
@@ -179,6 +217,14 @@ class Steps:
     def _arguments(self, drawn: Drawn) -> tuple[Any, ...]:
         batch = self._prepared(drawn)
         return (batch, drawn.index) if self._takes_batch_idx else (batch,)
+
+    def _heard_for(self, mini_batch: Drawn) -> AbstractContextManager[None]:
+        """What is logged inside is logged for this mini-batch, or for this slice of one."""
+        if not (isinstance(mini_batch, MicroBatch) and self._run.module.is_last and len(self._numbers) > 1):
+            return nullcontext()
+        if mini_batch.number == self._numbers[0]:
+            self._one_step.begin()
+        return self._one_step.running(mini_batch)
 
     def _prepared(self, drawn: Drawn) -> Any:
         """The mini-batch as the step gets it; prepared once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,16 +29,20 @@ from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timelin
 from lightning_cpipe.engine.training import room_on_lanes
 from lightning_cpipe.errors import CutError, LostNumbersError
 from lightning_cpipe.probe.probe import Check, compares_gradients
+from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.flushed import Flushed
 from lightning_cpipe.schedules.policies import POLICIES, STASH
+from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap, let_tensors_into_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
-from lightning_cpipe.strategy.cutting import agree_on_cut
+from lightning_cpipe.strategy.clipping import clip_by_whole_norm
+from lightning_cpipe.strategy.cutting import accumulating, agree_on_cut
 from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks
@@ -93,8 +97,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
     Args:
         num_stages: stages of the pipeline, one per device.
         data_parallel_size: pipelines side by side; 1 for now.
-        schedule: who does what, when; ``continuous`` for now.
-        num_microbatches: slices of a mini-batch in flush schedules; 1 for now.
+        schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe`` and ``1f1b``: the
+            micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it.
+        num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples. A batch is sliced
+            along the first dimension of its tensors, or by the module's own `split_batch(batch, num_microbatches)`,
+            which returns the slices.
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
         memory_limit: what a stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
@@ -174,7 +181,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             start_method=start_method,
         )
         self._num_nodes = 1
-        self._schedule = Continuous(extra_in_flight=max(0, extra_in_flight), versions=POLICIES.get(versions, STASH))
+        self._schedule = _schedule_of(self._options)
         self._seed = 0
         self._stream: Stream | None = None
         self._processes: Processes | None = None
@@ -202,7 +209,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return stage_of(rank, self.num_stages)
 
     @property
-    def schedule(self) -> Continuous:
+    def schedule(self) -> Schedule:
         """Who does what, when."""
         return self._schedule
 
@@ -284,7 +291,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             MisconfigurationException: with all reasons.
         """
         self._refuse(trainer, self.num_stages)
-        if self.num_stages > 1 and clips_by_norm(trainer):
+        if self.num_stages > 1 and clips_by_norm(trainer) and isinstance(self._schedule, Continuous):
             rank_zero_warn(
                 f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
                 " norm over all stages is known only after the first stage's backward, too late for the others."
@@ -408,9 +415,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
         undo: list[Callable[[], None]] = []
         if self.num_stages > 1:
             undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stage)
+        if fitting and whole is not None and isinstance(self._schedule, Flushed):
+            clip = partial(clip_by_whole_norm, whole, self.processes.control)
+            undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
-            training = steps.begin_training(self._schedule)
+            flushes = isinstance(self._schedule, Flushed)
+            training = steps.begin_training(self._schedule, self._options.num_microbatches if flushes else None)
             training.last.news.hand_raised = lambda: self._hand_raised
             sharing.hand_raised = training.last.news.is_hand_raised
 
@@ -449,14 +460,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         changes = any(isinstance(each, _CHANGES_AT_EPOCHS) for each in callbacks_of(trainer))
         # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
         several = self.num_stages > 1 and self._stream is not None
+        ahead = several and isinstance(self._schedule, Continuous)
         return LookaheadFetcher(
             trainer,
-            lag=self._schedule.lag(self.stage, self.num_stages),
-            ahead=POSTED_AHEAD if several else 0,
+            lag=self._schedule.lag(self.stage, self.num_stages) if ahead else 0,
+            ahead=POSTED_AHEAD if ahead else 0,
             seed=self._seed,
             stream=self._stream if several and self._stream is not None else nullcontext,
             timeline=self.timeline,
-            crosses_epochs=self._options.cross_epoch and several and not changes,
+            crosses_epochs=self._options.cross_epoch and ahead and not changes,
         )
 
     def begin_stream(self) -> None:
@@ -471,7 +483,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
         """A local step's optimization is done: learn what the last stage logged, and the true loss."""
-        return self.at_hand.sharing.after_step(output)
+        return self.at_hand.sharing.after_step(self.at_hand.steps.output(output))
 
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
@@ -520,7 +532,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         precision, steps = self.precision_plugin, self.at_hand.steps
         loss = precision.pre_backward(closure_loss, self._module)
-        steps.backward(lambda: precision.backward(loss, self._module, optimizer, *args, **kwargs))
+        steps.backward(loss, lambda loss: precision.backward(loss, self._module, optimizer, *args, **kwargs))
         loss = precision.post_backward(loss, self._module)
         steps.begin_update_if_due()
         return loss
@@ -657,7 +669,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
         All ranks must call it, after a checkpoint was restored and before the first step, as in `on_train_start`.
         """
         begun = self._module.trainer.fit_loop.total_batch_idx + 1
-        self.stage_run.training.last.news.tells_figures = lambda number: (begun + number + 1) % every_n_steps == 0
+        # Micro-batches are counted through the run; the first one of a mini-batch tells.
+        most = self._options.num_microbatches
+        self.stage_run.training.last.news.tells_figures = lambda number: (
+            number % most == 0 and (begun + number // most + 1) % every_n_steps == 0
+        )
 
     def stage_figures(self) -> dict[int, StageFigures]:
         """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
@@ -669,13 +685,27 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
         With ``versions="latest"``, that of its forward.
         """
-        schedule = replace(self._schedule, accumulate=self._module.trainer.accumulate_grad_batches)
+        schedule = accumulating(self._schedule, self._module.trainer.accumulate_grad_batches)
         return schedule.most_delay(stage, self.num_stages)
+
+    def promised_idle_ratio(self, num_batches: int, *, drained: bool) -> float:
+        """Share of the slots that the plan leaves idle.
+
+        Args:
+            num_batches: mini-batches that the last stage has backwarded; of a flush schedule each is alike.
+            drained: whether the run has ended.
+        """
+        if isinstance(self._schedule, Continuous):
+            return self._schedule.idle_ratio(self.num_stages, num_batches, drained=drained)
+        return self._schedule.slot_exact_ratio(self.num_stages, self._options.num_microbatches)
 
     @property
     def forward_flops(self) -> int:
-        """Floating-point operations of one forward of the first batch, all stages together, as counted at set-up."""
-        return self.stage_run.module.cut.forward_flops
+        """Floating-point operations of one forward of the first batch, all stages together, as counted at set-up.
+
+        Counted on the first micro-batch, where there are some.
+        """
+        return self.stage_run.module.cut.forward_flops * self._options.num_microbatches
 
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
@@ -704,7 +734,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             return "during set-up"
         kind, batch = self.timeline.now_at
         action = f", in {Action(ACTIONS[kind], batch, self.stage)}" if kind in ACTIONS else ""
-        return f"at mini-batch {batch}{action}"
+        return f"at {self._schedule.unit} {batch}{action}"
 
     @override
     def teardown(self) -> None:
@@ -745,8 +775,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 )
 
 
+<<<<<<< HEAD
 def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
     rank_zero_warn(
         f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
         f" memory of all weights: {why}"
     )
+=======
+def _schedule_of(asked: Options) -> Schedule:
+    """The schedule that a user asks for. Nothing is checked yet, and what will be refused stands for the default."""
+    cls = SCHEDULES.get(asked.schedule, Continuous)
+    if issubclass(cls, Flushed):
+        return cls()
+    return Continuous(extra_in_flight=max(0, asked.extra_in_flight), versions=POLICIES.get(asked.versions, STASH))
+>>>>>>> 703436b (GPipe and 1F1B run: their plans begin anew with each mini-batch, whose micro-batches make one step of Lightning's)

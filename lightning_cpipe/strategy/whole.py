@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpipe.stage.cut import Cut
@@ -93,6 +93,12 @@ class Whole:
         own, order = optimizer.state_dict(), self._orders[self._optimizers.index(optimizer)]
         everyones = self._control.collect(state_by_name(optimizer, self._names))
         return whole_optimizer_state(own, everyones, order) if everyones else own
+
+    def placed(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
+        """This stage's parameters of an optimizer, each with its place among all those of the whole module's."""
+        numbers = self._orders[self._optimizers.index(optimizer)].numbers
+        own = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return [(numbers[self._names[id(parameter)]], parameter) for parameter in own]
 
     def load_module(self, state_dict: Mapping[str, Any], strict: bool) -> None:
         """Load this stage's part of a whole state dict.

@@ -99,7 +99,7 @@ class Stage:
     def finish(self) -> None:
         """The backward and the update of the local step."""
         number = self.work.mini_batch.number
-        self.stage.of_loss = None if self.half.stage == 0 else self.work.returned.backward
+        self.stage.of_loss = None if self.half.stage == 0 else lambda work: work.returned.backward()
         self.stream.backward(number)
         with self.stream.updating():
             self.stream.begin_update(number)

@@ -102,3 +102,45 @@ def train_delayed(
 def _rows_late(stages_apart: int, extra_in_flight: int) -> int:
     """A stage is as many slots behind as it is apart; two slots make a row, and one is left for the message."""
     return stages_apart * max(1, extra_in_flight) // 2 + 1
+
+
+def train_in_slices(
+    module: nn.Module,
+    batches: Iterable[tuple[Any, bool]],
+    loss_of: Callable[[Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    most: int,
+    *,
+    backwards: bool,
+    accumulate: int = 1,
+) -> list[float]:
+    """Train `module` in place, as a flush schedule may: the gradients of a mini-batch's slices, then one update.
+
+    Args:
+        module: whole.
+        batches: of tensors, each with whether the optimizer steps after it.
+        loss_of: the loss of a batch, or a slice of one.
+        optimizer: of the module.
+        scheduler: that steps with it, or None.
+        most: slices of a batch.
+        backwards: whether the last slice's backward comes first.
+        accumulate: divides the loss.
+
+    Returns:
+        The loss of each mini-batch.
+    """
+    losses = []
+    for batch, updates in batches:
+        samples = len(batch[0])
+        slices = list(zip(*(tensor.tensor_split(min(most, samples)) for tensor in batch)))
+        shares = [loss_of(each) * (len(each[0]) / samples) for each in slices]
+        for share in reversed(shares) if backwards else shares:
+            (share / accumulate).backward()
+        losses.append(float(sum(share.detach() for share in shares) / accumulate) * accumulate)
+        if updates:
+            optimizer.step()
+            optimizer.zero_grad()
+            if scheduler is not None:
+                scheduler.step()
+    return losses

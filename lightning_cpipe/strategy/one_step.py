@@ -1,0 +1,92 @@
+"""Makes of a step in micro-batches the one step of a mini-batch that Lightning, its loggers and the hooks know.
+
+The loss is the mean of the micro-batches' losses, by their shares of the samples; so is every value that is logged
+for the step, unless its `reduce_fx` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_cpipe.strategy.lightning_private import logging_for, reduction_of, set_step_values, take_step_values
+from lightning_cpipe.strategy.micro_batches import MicroBatch
+
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"max": torch.max, "min": torch.min, "sum": torch.add}
+
+
+class OneStep:
+    """What the last stage sees of one mini-batch.
+
+    Args:
+        trainer: whose loop is at it.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._before: dict[str, Any] = {}
+        self._logged: dict[str, list[tuple[float, Tensor]]] = {}
+        self._losses: dict[int, Tensor] = {}
+        self._extra: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """No micro-batch has run."""
+        self._before = take_step_values(self._trainer)
+        self._logged.clear()
+        self._losses.clear()
+
+    @contextmanager
+    def running(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """The user's step runs on a micro-batch inside."""
+        with logging_for(self._trainer, micro_batch.prepared[0]):
+            yield
+        for key, value in take_step_values(self._trainer).items():
+            self._logged.setdefault(key, []).append((micro_batch.weight, value))
+
+    def share_of(self, micro_batch: MicroBatch, returned: Any) -> Tensor:
+        """What a micro-batch's loss adds to that of the step.
+
+        Raises:
+            MisconfigurationException: if its step returned no loss.
+        """
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if not isinstance(loss, Tensor):
+            raise MisconfigurationException(
+                f"`training_step` returned {type(loss).__name__} for a micro-batch of batch_idx {micro_batch.index} of"
+                f" epoch {micro_batch.epoch}: it must return a loss for each, as a tensor, or under 'loss' in a dict."
+                " Return one that is zero times something of the model."
+            )
+        if isinstance(returned, Mapping):
+            self._extra = {key: value for key, value in returned.items() if key != "loss"}
+        share = loss * micro_batch.weight
+        self._losses[micro_batch.number] = share.detach()
+        return share / self._trainer.accumulate_grad_batches
+
+    def end(self) -> None:
+        """All micro-batches have run: the step's own values take the place of theirs."""
+        whole = {key: _reduced(each, reduction_of(self._trainer, key)) for key, each in self._logged.items()}
+        set_step_values(self._trainer, {**self._before, **whole})
+
+    def output(self, output: dict[str, Any]) -> dict[str, Any]:
+        """What the hooks get: the step's loss, and whatever else its last micro-batch returned."""
+        loss = sum(share for _, share in sorted(self._losses.items()))
+        return {**output, **self._extra, "loss": loss / self._trainer.accumulate_grad_batches}
+
+
+def _reduced(values: list[tuple[float, Tensor]], reduction: str) -> Tensor:
+    if reduction in _REDUCTIONS:
+        whole = values[0][1]
+        for _, value in values[1:]:
+            whole = _REDUCTIONS[reduction](whole, value)
+        return whole
+    mean = sum(value * weight for weight, value in values)
+    assert isinstance(mean, Tensor)
+    # It may have been logged for some of them only.
+    total = sum(weight for weight, _ in values)
+    return mean if abs(total - 1) < 1e-9 else mean / total
