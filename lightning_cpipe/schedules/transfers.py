@@ -63,10 +63,10 @@ def rows_with_transfers(
         stage: which one; None where the rank holds no other, so that actions need not name it.
         posted_ahead: how many receives of activations are posted before they are needed.
     """
-    rows, *ahead = tee(rows, 3)
-    to_post = _batches(ahead[0], stage, Kind.FORWARD)
+    rows, to_forward, to_backward = tee(rows, 3)
+    to_post = _batches(to_forward, stage, Kind.FORWARD)
     # All stages run their backwards in the same order.
-    to_post_back = _batches(ahead[1], stage, *GRADIENT_LEAVES)
+    to_post_back = _batches(to_backward, stage, *GRADIENT_LEAVES)
     posted = forwarded = 0
     waiting: set[int] = set()
     back: int | None = None

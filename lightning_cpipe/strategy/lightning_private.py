@@ -276,7 +276,7 @@ def reduction_of(trainer: pl.Trainer, key: str) -> str:
 
 
 def _training_results(trainer: pl.Trainer) -> Any:
-    return trainer.fit_loop._results
+    return trainer.fit_loop.epoch_loop._results
 
 
 def take_over_signals(trainer: pl.Trainer, received: Callable[[], None]) -> None:

@@ -88,6 +88,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     One process per stage. Whole mini-batches stream through the stages, one optimizer update per mini-batch, across
     epochs, validations and checkpoints. The price is delay: the gradient at stage s of p is p - 1 - s updates old.
+    The flush schedules, which pay in idle time instead, run here too.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -775,17 +776,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 )
 
 
-<<<<<<< HEAD
 def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
     rank_zero_warn(
         f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
         f" memory of all weights: {why}"
     )
-=======
+
+
 def _schedule_of(asked: Options) -> Schedule:
     """The schedule that a user asks for. Nothing is checked yet, and what will be refused stands for the default."""
     cls = SCHEDULES.get(asked.schedule, Continuous)
     if issubclass(cls, Flushed):
         return cls()
     return Continuous(extra_in_flight=max(0, asked.extra_in_flight), versions=POLICIES.get(asked.versions, STASH))
->>>>>>> 703436b (GPipe and 1F1B run: their plans begin anew with each mini-batch, whose micro-batches make one step of Lightning's)

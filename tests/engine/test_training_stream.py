@@ -17,6 +17,8 @@ from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, UPDATE, Timeline
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.errors import DataMismatchError, PlanError
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.flushed import GPipe
+from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.replay import Replayed
 from lightning_cpipe.stage.versions import Versions
@@ -72,9 +74,15 @@ class Batches:
         batch = self.batches[number]
         return MiniBatch(number, number, batch, fingerprint(batch), signature(batch))
 
+    def begin(self, number: int) -> range:
+        """A flush schedule takes three of them for a mini-batch."""
+        return range(3 * number, 3 * number + 3)
+
 
 class Stage:
     """One stage, stepped by hand."""
+
+    schedule: Schedule = Continuous()
 
     def __init__(self, half: Half, to: Neighbours, count: int) -> None:
         self.half = half
@@ -82,14 +90,15 @@ class Stage:
         self.data = Batches(count)
         self.stage = StageStream(
             half,  # type: ignore[arg-type]
-            Continuous(),
+            self.schedule,
             Versions([("weight", half.weight)]),
             to,
             self.timeline,
             self.data,
             lambda mini_batch: mini_batch.batch,
         )
-        self.stream = TrainingStream([self.stage], Continuous(), 2, self.timeline)
+        slices = None if isinstance(self.schedule, Continuous) else self.data
+        self.stream = TrainingStream([self.stage], self.schedule, 2, self.timeline, slices=slices)
 
     def forwards(self, number: int) -> None:
         """The first half of local step `number`."""
@@ -101,6 +110,9 @@ class Stage:
         number = self.work.mini_batch.number
         self.stage.of_loss = None if self.half.stage == 0 else lambda work: work.returned.backward()
         self.stream.backward(number)
+        self.update(number)
+
+    def update(self, number: int) -> None:
         with self.stream.updating():
             self.stream.begin_update(number)
             with torch.no_grad():
@@ -116,11 +128,14 @@ class Stage:
 @pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> tuple[Stage, Stage]:
     """The first and the last of two, over three mini-batches."""
-    wire = Wire(monkeypatch)
+    return stages_on(Wire(monkeypatch), 3)
+
+
+def stages_on(wire: Wire, count: int) -> tuple[Stage, Stage]:
     activations, gradients, records = wire.ends("activations"), wire.ends("gradients"), wire.records("records")
     up = Neighbours(activations_out=activations[0], records_out=records[0], gradients_in=gradients[1])
     down = Neighbours(activations_in=activations[1], records_in=records[1], gradients_out=gradients[0])
-    return Stage(Half(0), up, 3), Stage(Half(1), down, 3)
+    return Stage(Half(0), up, count), Stage(Half(1), down, count)
 
 
 def run_on(stages: tuple[Stage, Stage], numbers: Sequence[int]) -> None:
@@ -254,3 +269,19 @@ def test_a_skipped_mini_batch_is_forgotten(stages: tuple[Stage, Stage]) -> None:
     stages[0].forwards(0)
     stages[0].stream.skip(0)
     assert set(stages[0].stage.in_flight) == {1}
+
+
+def test_the_plan_of_a_flush_schedule_begins_anew_with_each_mini_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "schedule", GPipe())
+    first, last = stages_on(Wire(monkeypatch), 6)
+    for number in (0, 1):
+        for stage in (first, last):
+            stage.stream.forward_until(number)
+        for stage in (last, first):
+            stage.stage.of_loss = None if stage is first else lambda work: work.returned.backward()
+            stage.stream.backward(number)
+            stage.update(number)
+    assert first.trace == last.trace == "F0 F1 F2 B2 B1 B0 U0 F3 F4 F5 B5 B4 B3 U3"
+    for asked in (0, 1):
+        with pytest.raises(PlanError, match=f"asks for mini-batch {asked} where the plan has 2"):
+            first.stream.forward_until(asked)

@@ -107,6 +107,31 @@ class Chain(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.schedule}}
 
 
+class Tied(Chain):
+    """The first layer's weight is the last one's, too; both lie outside the blocks."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer=optimizer)
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WIDTH)
+        self.head.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.net(self.first(x)))
+
+
+class TiedThrice(Tied):
+    """And a bias in the middle that is the last one's, and a weight in the middle that is the first one's.
+
+    With three stages, each pair of them is tied.
+    """
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__(optimizer)
+        self.net[1].linear.bias = self.head.bias
+        self.net[1].linear.weight = self.first.weight
+
+
 class make_optimizer:  # noqa: N801
     """Makes an optimizer and its scheduler for some parameters; the oracle uses it too."""
 

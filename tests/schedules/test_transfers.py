@@ -110,10 +110,11 @@ def test_the_first_and_the_last_stage_have_no_outer_transfers(schedule: Schedule
 def test_both_ends_of_an_edge_name_the_batches_in_the_same_order(schedule: Schedule) -> None:
     for p, n in SIZES:
         plan = with_transfers(schedule.plan(p, n))
-        for _, receive, send, sender in EDGES:
+        for post, receive, send, sender in EDGES:
             for s in range(p):
                 if 0 <= s + sender < p:
-                    assert plan.batches(s, receive) == plan.batches(s + sender, send)
+                    sent = plan.batches(s + sender, send)
+                    assert plan.batches(s, receive) == plan.batches(s, post) == sent
 
 
 @EVERY_SCHEDULE

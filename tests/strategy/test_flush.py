@@ -1,18 +1,25 @@
-"""Flush schedules: the micro-batches of a mini-batch go through the stages, and the update is that of plain training."""
+"""Flush schedules: micro-batches of a mini-batch go through the stages, and the update is that of plain training."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torchmetrics import MeanSquaredError
 
+from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
+from tests.helpers.causes import cause
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline, require_same_bits
-from tests.helpers.modules import Chain, make_optimizer, noise_loader
+from tests.helpers.modules import WIDTH, Chain, Tied, TiedThrice, make_optimizer, noise_loader
+from tests.helpers.ranks import run_ranks
 from tests.helpers.reference import train_in_slices
 
 EPOCHS = 2
@@ -151,3 +158,149 @@ def test_logged_values_and_outputs_are_those_of_the_mini_batch(p: int) -> None:
     assert [loss for loss, _ in outputs] == pytest.approx([loss for loss, _ in plain_outputs], rel=1e-4)
     assert all(keys == {"loss", "out"} for _, keys in outputs)
     assert ranks[0].losses == ranks[-1].losses
+
+
+def test_tied_weights_are_updated_with_the_gradients_of_the_same_mini_batch() -> None:
+    options: dict[str, Any] = {"max_epochs": EPOCHS, "val": noise_loader}
+    module = partial(Tied, "adamw")
+    strategy = {"schedule": "1f1b", "split_points": ["net.1", "net.2"]}
+    seen = fit_in_pipeline(3, module, noise_loader, strategy=strategy, **options)
+    plain = fit_alone(module, noise_loader, **options)
+    assert seen[0].losses == plain.losses
+    require_same_bits(seen[0].weights, plain.weights)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_stages_that_are_tied_in_a_circle_do_not_wait_for_each_other(schedule: str) -> None:
+    strategy = {"schedule": schedule, "num_microbatches": 2, "split_points": ["net.1", "net.2"]}
+    seen = fit_in_pipeline(3, TiedThrice, noise_loader, strategy=strategy, max_epochs=EPOCHS)
+    plain = fit_alone(TiedThrice, noise_loader, max_epochs=EPOCHS)
+    assert seen[0].losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+class InDicts(Chain):
+    """Takes batches of its own kind, which it slices itself; draws, and accumulates in slices where it clips."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer="plain_sgd")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"x": batch[0], "y": batch[1], "mask": torch.ones(WIDTH)}
+
+    def split_batch(self, batch: dict[str, Tensor], num_microbatches: int) -> list[dict[str, Tensor]]:
+        pairs = zip(batch["x"].split(2), batch["y"].split(2))
+        return [{"x": x, "y": y, "mask": batch["mask"]} for x, y in pairs]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        return nn.functional.mse_loss(self(batch["x"] * batch["mask"]), batch["y"])
+
+
+def test_a_module_slices_its_own_batches() -> None:
+    """Clipped by the norm of the whole gradient, which is that of the mini-batch."""
+    options: dict[str, Any] = {"max_epochs": 1, "gradient_clip_val": 0.01}
+    train = partial(noise_loader, 12, 6)
+    strategy = {"schedule": "1f1b", "num_microbatches": 3}
+    seen = fit_in_pipeline(2, InDicts, train, strategy=strategy, **options)
+    plain = fit_alone(InDicts, train, **options)
+    assert seen[0].losses == pytest.approx(plain.losses, rel=1e-6)
+    for name, weight in plain.weights.items():
+        torch.testing.assert_close(seen[0].weights[name], weight, rtol=1e-5, atol=1e-7)
+
+
+class Returns(Chain):
+    """Returns no loss for a short slice."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:  # type: ignore[override]
+        loss = self.loss(batch)
+        return None if len(batch[0]) == 1 else loss
+
+
+def test_a_micro_batch_without_a_loss_is_refused() -> None:
+    said = cause(2, Returns(), where="at micro-batch 1", schedule="gpipe", num_microbatches=2)
+    assert "`training_step` returned NoneType for a micro-batch of batch_idx 0 of epoch 0" in said
+    assert "zero times something of the model" in said
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.full)])
+def test_one_update_is_that_of_torch(schedule: str) -> None:
+    train = partial(noise_loader, 8, 8)
+    ours = fit_in_pipeline(
+        2,
+        partial(Chain, optimizer="plain_sgd"),
+        train,
+        strategy={"schedule": schedule, "num_microbatches": 4, "split_points": ["net.2"]},
+        max_steps=1,
+    )[0]
+
+    def in_torch(rank: int) -> tuple[dict[str, Tensor], float]:
+        dist.init_process_group("gloo")
+        try:
+            net = Chain().net
+            part = net[2 * rank : 2 * rank + 2]
+            stage = PipelineStage(part, rank, 2, torch.device("cpu"))
+            made = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[schedule](stage, 4, nn.functional.mse_loss)
+            ((x, y),) = train()
+            losses: list[Tensor] = []
+            made.step(x) if rank == 0 else made.step(target=y, losses=losses)
+            named = {name: p - 0.05 * p.grad for name, p in net.named_parameters() if p.grad is not None}
+            return {f"net.{name}": weight.detach() for name, weight in named.items()}, float(sum(losses)) / 4
+        finally:
+            dist.destroy_process_group()
+
+    (first, _), (second, loss) = run_ranks(in_torch, 2)
+    torch.testing.assert_close({**first, **second}, ours.weights, rtol=1e-6, atol=1e-8)
+    assert ours.losses == pytest.approx([loss], rel=1e-6)
+
+
+class Watches(IdleMonitor):
+    """Keeps its last numbers."""
+
+    numbers: dict[str, float] = {}  # noqa: RUF012
+
+    def _numbers(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.numbers = super()._numbers(*args, **kwargs)
+        return self.numbers
+
+
+@pytest.mark.full
+def test_what_goes_with_the_continuous_schedule_goes_with_flushes(tmp_path: Path) -> None:
+    """Monitors, a limit of memory, and a checkpoint in the middle of an epoch."""
+    strategy = {"schedule": "1f1b", "num_microbatches": 4, "memory_limit": "1GB"}
+    train = partial(noise_loader, 24, 4)
+    straight = fit_in_pipeline(2, partial(Chain, dropout=0.5), train, strategy=strategy, max_steps=10, max_epochs=-1)[0]
+
+    def callbacks() -> list[pl.Callback]:
+        saves = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=6)
+        return [Watches(picture=False), ThroughputMonitor(window_size=2), saves]
+
+    def monitored(trainer: pl.Trainer, *_: Any) -> Any:
+        return next(each.numbers for each in trainer.callbacks if isinstance(each, Watches)), trainer.logger.rows
+
+    options: dict[str, Any] = {"max_epochs": -1, "log_every_n_steps": 2, "enable_checkpointing": True}
+    first = fit_in_pipeline(
+        2,
+        partial(Chain, dropout=0.5),
+        train,
+        strategy=strategy,
+        max_steps=6,
+        callbacks=callbacks,
+        look=monitored,
+        logger=Notes(),
+        **options,
+    )[0]
+    numbers, rows = first.found
+    assert numbers["pipe/idle_ratio_predicted"] == pytest.approx(1 / 5)
+    assert numbers["stage0/delay_updates"] == numbers["stage0/delay_promised_updates"] == 0
+    assert [step for step, row in rows if "stage0/delay_updates" in row] == [2, 4, 6, 6]
+    rest = fit_in_pipeline(
+        2,
+        partial(Chain, dropout=0.5),
+        train,
+        strategy=strategy,
+        max_steps=10,
+        max_epochs=-1,
+        ckpt_path=tmp_path / "last.ckpt",
+    )[0]
+    assert first.losses + rest.losses == straight.losses
+    require_same_bits(rest.weights, straight.weights)

@@ -100,6 +100,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.pytorch.trainer.connectors.logger_connector.result._distributed_is_initialized": (),
     "lightning.pytorch.utilities.exceptions._TunerExitException": None,
     "module._apply_batch_transfer_handler": ("batch", "device", "dataloader_idx"),
+    "module._current_fx_name": None,
     "module._example_input_array": None,
     "module._on_before_batch_transfer": ("batch", "dataloader_idx"),
     "trainer._data_connector": None,
@@ -123,6 +124,12 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer.fit_loop._data_fetcher": None,
     "trainer.fit_loop._last_train_dl_reload_epoch": None,
     "trainer.fit_loop._load_combined_loader_states": (),
+    "trainer.fit_loop.epoch_loop._results.batch": None,
+    "trainer.fit_loop.epoch_loop._results.batch_size": None,
+    "trainer.fit_loop.epoch_loop._results['training_step.loss']._forward_cache": None,
+    "trainer.fit_loop.epoch_loop._results['training_step.loss'].is_tensor": None,
+    "trainer.fit_loop.epoch_loop._results['training_step.loss'].meta.fx": None,
+    "trainer.fit_loop.epoch_loop._results['training_step.loss'].meta.reduce_fx.__name__": None,
     "trainer.fit_loop._should_accumulate": (),
     "trainer.fit_loop.epoch_loop._build_kwargs": ("kwargs", "batch", "batch_idx"),
     "trainer.predict_loop._build_kwargs": ("batch", "batch_idx", "dataloader_idx"),
@@ -157,6 +164,7 @@ def attached() -> dict[str, Any]:
     trainer, module = quiet_trainer(devices=1), Chain()
     trainer.strategy.connect(module)
     module.trainer = trainer
+    trainer.fit_loop.epoch_loop._results.log("training_step", "loss", torch.tensor(1.0), on_step=True)
     return {"lightning": lightning, "trainer": trainer, "module": module}
 
 

@@ -14,36 +14,11 @@ from torch import Tensor, nn
 
 from lightning_cpipe.stage.absent import AbsentParameter
 from tests.helpers.fits import fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer, require_same_bits
-from tests.helpers.modules import WIDTH, Chain, make_optimizer, noise_loader
+from tests.helpers.modules import WIDTH, Chain, Tied, TiedThrice, make_optimizer, noise_loader
 from tests.helpers.reference import train_delayed
 
 DEPTH = 4
 EPOCHS = 3
-
-
-class Tied(Chain):
-    """The first layer's weight is the last one's, too; both lie outside the blocks."""
-
-    def __init__(self, optimizer: str = "sgd") -> None:
-        super().__init__(DEPTH, optimizer=optimizer)
-        self.first = nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, WIDTH)
-        self.head.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.net(self.first(x)))
-
-
-class TiedThrice(Tied):
-    """And a bias in the middle that is the last one's, and a weight in the middle that is the first one's.
-
-    With three stages, each pair of them is tied.
-    """
-
-    def __init__(self, optimizer: str = "sgd") -> None:
-        super().__init__(optimizer)
-        self.net[1].linear.bias = self.head.bias
-        self.net[1].linear.weight = self.first.weight
 
 
 STARTS = {2: ["net.2"], 3: ["net.1", "net.2"], 4: ["net.1", "net.2", "net.3"]}
