@@ -36,6 +36,7 @@ def require_exact(
     accumulate: int = 1,
     schedule: str | None = None,
     extra_in_flight: int = 0,
+    early_input_gradient: bool = False,
     **chain: Any,
 ) -> None:
     """Three shuffled epochs of 8 mini-batches, the last one shorter."""
@@ -47,6 +48,7 @@ def require_exact(
         epochs=EPOCHS,
         accumulate=accumulate,
         extra_in_flight=extra_in_flight,
+        early_input_gradient=early_input_gradient,
     )
 
 
@@ -61,6 +63,13 @@ def test_equals_the_reference(p: int, optimizer: str, accumulate: int, schedule:
 @pytest.mark.parametrize("p", [2, 3])
 def test_equals_the_reference_with_more_in_flight(p: int) -> None:
     require_exact(p, extra_in_flight=1)
+
+
+@pytest.mark.parametrize(
+    ("p", "extra"), [(3, 0), *(pytest.param(*each, marks=pytest.mark.full) for each in ((1, 0), (2, 1)))]
+)
+def test_equals_the_reference_with_early_input_gradients(p: int, extra: int) -> None:
+    require_exact(p, "adamw", 1, "step", extra, early_input_gradient=True, dropout=0.3, noise=True)
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4])

@@ -11,7 +11,8 @@ Lightning nor where mini-batches come from: it is given the user's step as a fun
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, 
 from lightning_cpipe.errors import DataMismatchError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.halves import backward_in_halves
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.tree import TemplateTable, TensorSpec
@@ -46,6 +48,7 @@ class InFlight:
         sent: what goes to the stage after, attached to the graph.
         returned: what the step returned, on the last stage.
         gradients: what came back for `sent`.
+        second_half: of its backward, after the first.
     """
 
     mini_batch: MiniBatch
@@ -55,6 +58,11 @@ class InFlight:
     sent: Sequence[Tensor] = ()
     returned: Any = None
     gradients: Sequence[Tensor] = ()
+    second_half: Callable[[], None] | None = None
+
+
+OfLoss = tuple[Tensor, Callable[[Tensor], object]]
+"""A loss, and what runs the backward of one."""
 
 
 class StageStream:
@@ -89,8 +97,8 @@ class StageStream:
         """Of the stage's weights."""
         self.before_forward: Callable[[MiniBatch, Sequence[Tensor], TemplateTable], object] = lambda *_: None
         """Is told what a forward is about to run with: the mini-batch, what was received, and the stubs' outputs."""
-        self.of_loss: Callable[[InFlight], object] | None = None
-        """On the last stage, runs the backward of a mini-batch's loss."""
+        self.of_loss: Callable[[InFlight], OfLoss] | None = None
+        """On the last stage, gives a mini-batch's loss, and what runs its backward."""
         self._module = module
         self._schedule = schedule
         self._to = to
@@ -110,6 +118,8 @@ class StageStream:
             Kind.SEND_FORWARD: self._send_activation,
             Kind.RECV_BACKWARD: self._receive_gradient,
             Kind.BACKWARD: self._backward,
+            Kind.INPUT_GRADIENT: self._input_gradient,
+            Kind.WEIGHT_GRADIENT: self._weight_gradient,
             Kind.SEND_BACKWARD: self._send_gradient,
         }
         self.begin_at(0)
@@ -221,25 +231,61 @@ class StageStream:
 
     def _backward(self, number: int) -> None:
         work = self.in_flight[number]
-        self.news.books.backward_begins(self.versions.count - self.versions.number_of(number))
+        with self._backwarding(work):
+            if self.of_loss is not None:
+                loss, run = self.of_loss(work)
+                run(loss)
+            elif outputs := self._outputs(work):
+                torch.autograd.backward([out for out, _ in outputs], [gradient for _, gradient in outputs])
+        if self._to.gradients_out is None:
+            self.forget(number)
+
+    def _input_gradient(self, number: int) -> None:
+        work = self.in_flight[number]
+        with self._backwarding(work):
+            outputs = self._outputs(work)
+            if self.of_loss is not None:
+                loss, run = self.of_loss(work)
+                # Whatever runs the backward of a loss runs that of a stand-in, and tells the gradient of the loss.
+                stand_in = loss.detach().requires_grad_()
+                run(stand_in)
+                outputs = [] if stand_in.grad is None else [(loss, stand_in.grad)]
+            received = [leaf for leaf in work.received if leaf.requires_grad]
+            work.second_half = backward_in_halves(outputs, received)
+        # The second half holds what it needs of them.
+        work.sent = work.gradients = ()
+
+    def _weight_gradient(self, number: int) -> None:
+        work = self.in_flight[number]
+        assert work.second_half is not None
+        with self._running_backward(work):
+            work.second_half()
+        self.forget(number)
+
+    @contextmanager
+    def _backwarding(self, work: InFlight) -> Iterator[None]:
+        """A backward, or its first half, runs inside."""
+        self.news.books.backward_begins(self.versions.count - self.versions.number_of(work.mini_batch.number))
+        with self._running_backward(work):
+            yield
+
+    @contextmanager
+    def _running_backward(self, work: InFlight) -> Iterator[None]:
+        number = work.mini_batch.number
         with (
             self._timeline.measure(BACKWARD, number),
             self.versions.of(number),
             self._module.drawing(work.mini_batch.seed),
         ):
-            if self.of_loss is not None:
-                self.of_loss(work)
-            else:
-                self._through(work.sent, work.gradients)
-        if self._to.gradients_out is None:
-            self.forget(number)
+            yield
 
     def _send_gradient(self, number: int) -> None:
         assert self._to.gradients_out is not None
         if self._gradient_goes:
             received = self.in_flight[number].received
             self._to.gradients_out.send([gradient_of(leaf) for leaf in received if leaf.requires_grad])
-        self.forget(number)
+        if self.in_flight[number].second_half is None:
+            self.forget(number)
 
     # ---- what they need ----
 
@@ -247,11 +293,10 @@ class StageStream:
         if self._to.records_out is not None:
             self._to.records_out.send(tuple(self.news.record(mini_batch, table)))
 
-    def _through(self, sent: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        outputs = [out for out, crossing in zip(sent, self._passage.sends) if crossing.gradient]
-        pairs = [(out, gradient) for out, gradient in zip(outputs, gradients) if out.requires_grad]
-        if pairs:
-            torch.autograd.backward([out for out, _ in pairs], [gradient for _, gradient in pairs])
+    def _outputs(self, work: InFlight) -> list[tuple[Tensor, Tensor]]:
+        """What has a gradient of what was sent, each with it."""
+        outputs = [out for out, crossing in zip(work.sent, self._passage.sends) if crossing.gradient]
+        return [(out, gradient) for out, gradient in zip(outputs, work.gradients) if out.requires_grad]
 
     def _require_announced(self, sent: Sequence[Tensor], specs: Sequence[TensorSpec], number: int) -> None:
         for tensor, spec, crossing in zip(sent, specs, self._passage.sends):

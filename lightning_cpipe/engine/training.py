@@ -24,7 +24,13 @@ from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD, with_transfers_of_rank
 
-_OF_BACKWARD = (Kind.RECV_BACKWARD, Kind.BACKWARD, Kind.SEND_BACKWARD)
+_OF_BACKWARD = (
+    Kind.RECV_BACKWARD,
+    Kind.BACKWARD,
+    Kind.INPUT_GRADIENT,
+    Kind.SEND_BACKWARD,
+    Kind.WEIGHT_GRADIENT,
+)
 """The actions that wait until the loop asks for a backward."""
 
 _OVER = Action(Kind.UPDATE, -1)

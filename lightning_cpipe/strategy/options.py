@@ -23,6 +23,7 @@ class Options:
     versions: str = "stash"
     remedy: str | None = None
     extra_in_flight: int = 0
+    early_input_gradient: bool = False
     cross_epoch: bool = True
     check: Check = "auto"
     timeout: float = 60.0

@@ -26,7 +26,7 @@ from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
 
-RUN = ("continuous", "gpipe", "1f1b")
+RUN = ("continuous", "gpipe", "1f1b", "zb")
 """The schedules that the engine runs. Every one can be drawn and checked."""
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
@@ -99,6 +99,11 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"remedy={asked.remedy!r}: none for now. {LATER}"
     if asked.extra_in_flight < 0:
         yield f"extra_in_flight={asked.extra_in_flight}: the least is 0."
+    if flushes and asked.early_input_gradient:
+        yield (
+            f"early_input_gradient=True: schedule={asked.schedule!r} says itself whether backwards are split. Leave it"
+            " out, or take schedule='zb'."
+        )
     if isinstance(asked.split_points, str) and asked.split_points != "auto":
         yield f"split_points={asked.split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
     if asked.memory_limit is not None:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
-from lightning_cpipe.engine.stage_stream import InFlight
+from lightning_cpipe.engine.stage_stream import InFlight, OfLoss
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
@@ -137,12 +137,11 @@ class Steps:
         """The backward of the loop's own mini-batch; on the last stage, `run` runs that of its loss."""
         sliced = len(self._numbers) > 1
 
-        def of_loss(work: InFlight) -> None:
+        def of_loss(work: InFlight) -> OfLoss:
             micro_batch = work.mini_batch
             if sliced and isinstance(micro_batch, MicroBatch):
-                run(self._one_step.share_of(micro_batch, work.returned))
-            else:
-                run(loss)
+                return self._one_step.share_of(micro_batch, work.returned), run
+            return loss, run
 
         self._run.training.last.of_loss = of_loss if self._run.module.is_last else None
         self._run.training.backward(self._at.number)

@@ -98,8 +98,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
     Args:
         num_stages: stages of the pipeline, one per device.
         data_parallel_size: pipelines side by side; 1 for now.
-        schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe`` and ``1f1b``: the
-            micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it.
+        schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b`` and ``zb``:
+            the micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it; ``zb``
+            splits backwards.
         num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples. A batch is sliced
             along the first dimension of its tensors, or by the module's own `split_batch(batch, num_microbatches)`,
             which returns the slices.
@@ -114,6 +115,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         remedy: a rule against delay; none for now.
         extra_in_flight: how much further forwards run ahead, in multiples of the least lag. Hides the time of the
             transfers and absorbs jitter, at up to twice the delay.
+        early_input_gradient: whether a backward is split, so that the gradient for the stage before leaves before the
+            gradients of the weights are made. Every number stays the same.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
             itself off with a `GradientAccumulationScheduler`.
         check: what the set-up proves about the cut: ``fills`` tries what the stages depend on, and compares two steps
@@ -143,6 +146,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         versions: Literal["stash", "latest", "vertical", "2bw"] = "stash",
         remedy: str | None = None,
         extra_in_flight: int = 0,
+        early_input_gradient: bool = False,
         cross_epoch: bool = True,
         check: Check = "auto",
         timeout: float = 60.0,
@@ -175,6 +179,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             versions=versions,
             remedy=remedy,
             extra_in_flight=extra_in_flight,
+            early_input_gradient=early_input_gradient,
             cross_epoch=cross_epoch,
             check=check,
             timeout=timeout,
@@ -788,4 +793,8 @@ def _schedule_of(asked: Options) -> Schedule:
     cls = SCHEDULES.get(asked.schedule, Continuous)
     if issubclass(cls, Flushed):
         return cls()
-    return Continuous(extra_in_flight=max(0, asked.extra_in_flight), versions=POLICIES.get(asked.versions, STASH))
+    return Continuous(
+        extra_in_flight=max(0, asked.extra_in_flight),
+        early_input_gradient=asked.early_input_gradient,
+        versions=POLICIES.get(asked.versions, STASH),
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.neighbours import Neighbours
-from lightning_cpipe.engine.stage_stream import STEP, StageStream
+from lightning_cpipe.engine.stage_stream import STEP, InFlight, OfLoss, StageStream
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, UPDATE, Timeline
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.errors import DataMismatchError, PlanError
@@ -79,6 +79,10 @@ class Batches:
         return range(3 * number, 3 * number + 3)
 
 
+def of_loss(work: InFlight) -> OfLoss:
+    return work.returned, torch.autograd.backward
+
+
 class Stage:
     """One stage, stepped by hand."""
 
@@ -108,7 +112,7 @@ class Stage:
     def finish(self) -> None:
         """The backward and the update of the local step."""
         number = self.work.mini_batch.number
-        self.stage.of_loss = None if self.half.stage == 0 else lambda work: work.returned.backward()
+        self.stage.of_loss = None if self.half.stage == 0 else of_loss
         self.stream.backward(number)
         self.update(number)
 
@@ -278,7 +282,7 @@ def test_the_plan_of_a_flush_schedule_begins_anew_with_each_mini_batch(monkeypat
         for stage in (first, last):
             stage.stream.forward_until(number)
         for stage in (last, first):
-            stage.stage.of_loss = None if stage is first else lambda work: work.returned.backward()
+            stage.stage.of_loss = None if stage is first else of_loss
             stage.stream.backward(number)
             stage.update(number)
     assert first.trace == last.trace == "F0 F1 F2 B2 B1 B0 U0 F3 F4 F5 B5 B4 B3 U3"

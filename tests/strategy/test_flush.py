@@ -42,9 +42,17 @@ def test_one_micro_batch_has_the_bits_of_plain_lightning(p: int, schedule: str) 
     [
         (2, "gpipe", 4, 1),
         (3, "1f1b", 2, 2),
+        (3, "zb", 4, 1),
         *(
             pytest.param(*each, marks=pytest.mark.full)
-            for each in ((1, "1f1b", 4, 1), (3, "gpipe", 4, 2), (2, "1f1b", 4, 1), (4, "1f1b", 5, 1))
+            for each in (
+                (1, "1f1b", 4, 1),
+                (3, "gpipe", 4, 2),
+                (2, "1f1b", 4, 1),
+                (4, "1f1b", 5, 1),
+                (2, "zb", 1, 2),
+                (1, "zb", 3, 1),
+            )
         ),
     ],
 )
