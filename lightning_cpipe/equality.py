@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cpipe.tree import TensorSpec
+from lightning_cpipe.tree import TensorSpec, as_bytes
 
 VALUES = (int, float, complex, str, bytes, frozenset, type(None))
 """What is nothing but its value, tensors aside: of any other object only the class is compared."""
@@ -84,7 +84,7 @@ def _shown(leaf: Any) -> str:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    return _dense(tensor).contiguous().reshape(-1).view(torch.uint8)
+    return as_bytes(_dense(tensor))
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -56,6 +56,13 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The numbers of a dense tensor as bytes, in the order of its dimensions; (bytes,)."""
+    flat = tensor.contiguous()
+    # A tensor of one element may be contiguous with a stride that `view` would not look at as bytes.
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
 def _order_of(tensor: Tensor) -> tuple[int, ...]:
     """The order of the dimensions in memory; nothing for their own order, or if there are gaps."""
     if tensor.layout is not torch.strided or tensor.is_contiguous():

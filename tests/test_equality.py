@@ -38,6 +38,7 @@ NAN = float("nan")
         (1, 2, False),
         (1, 1.0, False),
         (1, True, False),
+        (torch.arange(8.0).view(1, 8)[:, 0], torch.zeros(1), True),
         (NAN, NAN, True),
         (1.0, NAN, False),
         (NAN, 1.0, False),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.errors import DataMismatchError
-from lightning_cpipe.tree import Signature, TensorSpec, flatten
+from lightning_cpipe.tree import Signature, TensorSpec, as_bytes, flatten
 
 _SAMPLE = 1024
 """Tensors with more elements than this are fingerprinted by so many of them, evenly spread."""
@@ -108,7 +108,7 @@ def _sample(tensor: Tensor) -> Tensor:
     else:
         # By index: making it contiguous would copy the whole of it.
         sample = tensor[torch.unravel_index(torch.arange(0, tensor.numel(), _stride(tensor)), tensor.shape)]
-    return sample.contiguous().view(torch.uint8).cpu()
+    return as_bytes(sample).cpu()
 
 
 def _stride(tensor: Tensor) -> int:

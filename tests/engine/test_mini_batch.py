@@ -92,6 +92,7 @@ def test_memory_layout_does_not_count(rows: int, columns: int) -> None:
     assert not gaps.is_contiguous()
     assert fingerprint(gaps) == fingerprint(dense) == fingerprint(dense.t().contiguous().t())
     assert fingerprint(dense.to_sparse()) == fingerprint(dense)
+    assert fingerprint(dense[:1, 0]) == fingerprint(dense[:1, 0].clone())
 
 
 def test_a_fingerprint_touches_neither_the_batch_nor_the_generator() -> None:
