@@ -26,7 +26,8 @@ TABLE_ROWS = 2000
 class IdleMonitor(pl.Callback):
     """Logs, for each stage and for the pipeline, where the time went.
 
-    Idle is waiting for a neighbour. What is logged, in milliseconds per mini-batch since the last time, for stage s:
+    Idle is waiting for a neighbour. What is logged, in milliseconds per mini-batch (in a flush schedule per
+    micro-batch) since the last time, for stage s:
     ``stage{s}/forward_ms``, ``backward_ms``, ``update_ms``, ``wait_activation_ms``, ``wait_gradient_ms``,
     ``wait_decision_ms``, ``data_ms`` and ``other_ms``; as shares, ``stage{s}/idle_ratio`` (since the last time),
     ``idle_ratio_steady`` (without the fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured)

@@ -39,7 +39,6 @@ class OneStep:
         """No micro-batch has run."""
         self._before = take_step_values(self._trainer)
         self._logged.clear()
-        self._losses.clear()
 
     @contextmanager
     def running(self, micro_batch: MicroBatch) -> Iterator[None]:
@@ -62,7 +61,7 @@ class OneStep:
                 f" epoch {micro_batch.epoch}: it must return a loss for each, as a tensor, or under 'loss' in a dict."
                 " Return one that is zero times something of the model."
             )
-        if isinstance(returned, Mapping):
+        if isinstance(returned, Mapping) and micro_batch.number >= max(self._losses, default=0):
             self._extra = {key: value for key, value in returned.items() if key != "loss"}
         share = loss * micro_batch.weight
         self._losses[micro_batch.number] = share.detach()
@@ -75,8 +74,10 @@ class OneStep:
 
     def output(self, output: dict[str, Any]) -> dict[str, Any]:
         """What the hooks get: the step's loss, and whatever else its last micro-batch returned."""
-        loss = sum(share for _, share in sorted(self._losses.items()))
-        return {**output, **self._extra, "loss": loss / self._trainer.accumulate_grad_batches}
+        loss = sum(share for _, share in sorted(self._losses.items())) / self._trainer.accumulate_grad_batches
+        whole = {**output, **self._extra, "loss": loss}
+        self._losses, self._extra = {}, {}
+        return whole
 
 
 def _reduced(values: list[tuple[float, Tensor]], reduction: str) -> Tensor:

@@ -169,6 +169,7 @@ def test_the_splits_own_memory_is_held_against_the_limit() -> None:
         (["--format=xml"], ["--format", "xml"], 2),
         (["--trainer.epochs=3"], ["usage: cpipe plan", "--trainer.epochs=3"], 2),
         (["--trainer.strategy.extra_in_flight=-1"], ["extra_in_flight=-1: the least is 0"], 1),
+        (["--trainer.strategy.schedule=1f1b"], ["schedule='1f1b': only the continuous schedule can be forecast"], 1),
         (["--trainer.devices=auto"], ["devices='auto'", "`--devices`"], 1),
         (["--devices=99"], ["99 stages need as many blocks", "has 8"], 1),
         (["--trainer.strategy.split_points=[nowhere]", "--devices=2"], ["does not have: nowhere"], 1),

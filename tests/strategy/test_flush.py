@@ -123,7 +123,7 @@ class Logs(Chain):
         self.log("sized", loss, batch_size=len(x), on_step=False, on_epoch=True)
         self.error(out, y)
         self.log("error", self.error, on_step=True, on_epoch=True)
-        return {"loss": loss, "out": out}
+        return {"loss": loss, "rows": y[:, 0]}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.log("from_hook", float(batch_idx))
@@ -133,10 +133,11 @@ class Outputs(pl.Callback):
     """Notes what hooks get."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[float, set[str]]] = []
+        self.seen: list[tuple[float, Any]] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
-        self.seen.append((float(outputs["loss"]), set(outputs)))
+        if trainer.is_global_zero:
+            self.seen.append((float(outputs["loss"]), outputs["rows"]))
 
 
 def _look(trainer: pl.Trainer, *_: Any) -> Any:
@@ -144,8 +145,11 @@ def _look(trainer: pl.Trainer, *_: Any) -> Any:
     return outputs, trainer.logger.rows if isinstance(trainer.logger, Notes) else None
 
 
-@pytest.mark.parametrize("p", [2, pytest.param(1, marks=pytest.mark.full)])
-def test_logged_values_and_outputs_are_those_of_the_mini_batch(p: int) -> None:
+@pytest.mark.parametrize(
+    ("p", "schedule"),
+    [(2, "1f1b"), *(pytest.param(*each, marks=pytest.mark.full) for each in ((1, "zb"), (2, "gpipe")))],
+)
+def test_logged_values_and_outputs_are_those_of_the_mini_batch(p: int, schedule: str) -> None:
     options: dict[str, Any] = {
         "max_epochs": EPOCHS,
         "log_every_n_steps": 1,
@@ -153,7 +157,7 @@ def test_logged_values_and_outputs_are_those_of_the_mini_batch(p: int) -> None:
         "look": _look,
     }
     train = partial(noise_loader, 20, 6)
-    strategy = {"schedule": "1f1b", "num_microbatches": 4}
+    strategy = {"schedule": schedule, "num_microbatches": 4}
     ranks = fit_in_pipeline(p, Logs, train, strategy=strategy, logger=Notes(), **options)
     plain = fit_alone(Logs, train, logger=Notes(), **options)
     outputs, rows = ranks[0].found
@@ -164,7 +168,10 @@ def test_logged_values_and_outputs_are_those_of_the_mini_batch(p: int) -> None:
         assert row == pytest.approx(plain_row, rel=1e-4)
     assert ranks[0].metrics == pytest.approx(plain.metrics, rel=1e-4)
     assert [loss for loss, _ in outputs] == pytest.approx([loss for loss, _ in plain_outputs], rel=1e-4)
-    assert all(keys == {"loss", "out"} for _, keys in outputs)
+    for (_, last), (_, rows_of_all) in zip(outputs, plain_outputs):
+        assert torch.equal(last, rows_of_all[len(rows_of_all) - len(last) :]), (
+            "what else is returned is the last slice's"
+        )
     assert ranks[0].losses == ranks[-1].losses
 
 
@@ -312,3 +319,46 @@ def test_what_goes_with_the_continuous_schedule_goes_with_flushes(tmp_path: Path
     )[0]
     assert first.losses + rest.losses == straight.losses
     require_same_bits(rest.weights, straight.weights)
+
+
+class Normed(Chain):
+    """Draws random numbers, and keeps running means."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3, noise=True)
+        self.net[1].norm = nn.BatchNorm1d(WIDTH)
+
+
+def buffers(_: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+def test_the_number_of_stages_changes_no_bit(schedule: str) -> None:
+    def fit(p: int) -> Seen:
+        strategy = {"schedule": schedule, "num_microbatches": 3}
+        train = partial(noise_loader, 24, 6)
+        return fit_in_pipeline(p, Normed, train, strategy=strategy, max_epochs=EPOCHS, look=buffers)[0]
+
+    two, three = fit(2), fit(3)
+    assert two.losses == three.losses
+    require_same_bits(two.weights, three.weights)
+    require_same_bits(two.found, three.found)
+    assert two.found["net.1.norm.num_batches_tracked"] == 3 * EPOCHS * 4
+
+
+class Skips(Chain):
+    """Has no loss for every third mini-batch."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:  # type: ignore[override]
+        return None if batch_idx % 3 == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
+def test_one_stage_may_skip_mini_batches(schedule: str) -> None:
+    seen = fit_in_pipeline(1, Skips, noise_loader, strategy={"schedule": schedule}, max_epochs=EPOCHS)[0]
+    plain = fit_alone(Skips, noise_loader, max_epochs=EPOCHS)
+    assert seen.losses == plain.losses
+    require_same_bits(seen.weights, plain.weights)
