@@ -33,7 +33,8 @@ class IdleMonitor(pl.Callback):
     ``idle_ratio_steady`` (without the fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured)
     and ``delay_promised_updates``. The mean over the stages is ``pipe/idle_ratio`` and so on, beside
     ``pipe/idle_ratio_predicted``, which counts slots of the plan. ``pipe/evaluation_s`` is the time that evaluations
-    took, which is in none of the above.
+    took, which is in none of the above. Where a rank holds several stages, ``data``, ``update`` and ``wait_decision``
+    stand with its last one, and ``other`` of each includes the time of the others.
 
     The stages' figures ride beside the activations to rank 0; nobody waits for them. At the end of `fit` the run's
     timeline goes into a table and a picture.

@@ -57,14 +57,14 @@ class ThroughputMonitor(pl.Callback):
         self._start = time.perf_counter()
         strategy = trainer.strategy
         device = strategy.root_device
-        stages = 1
+        devices = 1
         if isinstance(strategy, ContinuousPipeStrategy):
-            stages = strategy.num_stages
+            devices = strategy.num_ranks
             # A backward costs about twice a forward: the gradients of the input and of the weights.
             self._flops = 3 * strategy.forward_flops or None
         peak = get_available_flops(device, _computes_in(trainer, pl_module)) if device.type == "cuda" else None
         self._throughput = Throughput(
-            available_flops=None if peak is None else stages * peak, window_size=self._window_size
+            available_flops=None if peak is None else devices * peak, window_size=self._window_size
         )
         if trainer.is_global_zero:
             declare(trainer, _NAMES.values(), summary="mean")

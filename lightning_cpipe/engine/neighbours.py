@@ -1,8 +1,10 @@
-"""A stage's ends of the lanes to the stages beside it."""
+"""A stage's ends of the lanes to the stages beside it, on other ranks or on its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.transport.edge import Edge
@@ -14,6 +16,7 @@ from lightning_cpipe.transport.settling import (
     take_what_was_sent,
 )
 from lightning_cpipe.transport.wiring import Lanes
+from lightning_cpipe.transport.within import InnerEdge, InnerRecords
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,28 @@ class Neighbours:
             lanes.records_in.get("eval_records"),
             lanes.records_out.get("eval_records"),
         )
+
+    def in_a_row(self, count: int, device: torch.device) -> list[Neighbours]:
+        """The lanes of `count` stages of one rank: the rank's own at both ends, and lanes within between each two."""
+        row = [self]
+        for _ in range(count - 1):
+            activations, records, gradients = InnerEdge(device), InnerRecords(), InnerEdge(device)
+            before = row.pop()
+            row += [
+                replace(before, activations_out=activations, records_out=records, gradients_in=gradients),
+                replace(before, activations_in=activations, records_in=records, gradients_out=gradients),
+            ]
+        return row
+
+    @property
+    def previous_is_here(self) -> bool:
+        """Whether this rank holds the stage before, too."""
+        return isinstance(self.activations_in, InnerEdge)
+
+    @property
+    def next_is_here(self) -> bool:
+        """Whether this rank holds the stage after, too."""
+        return isinstance(self.activations_out, InnerEdge)
 
     def settle(self, decisions: Decisions) -> int:
         """Bring training's lanes to rest; see `lightning_cpipe.transport.settling`.

@@ -110,17 +110,22 @@ class StageStream:
         self._shapes = Shapes(cut, self._passage)
         self._gradient_comes = any(crossing.gradient for crossing in self._passage.sends)
         self._gradient_goes = any(crossing.gradient for crossing in self._passage.receives)
-        self._methods: dict[Kind, Callable[[int], None]] = {
-            Kind.POST_FORWARD: self._post_activation,
-            Kind.RECV_FORWARD: self._receive_activation,
-            Kind.FORWARD: self._forward,
-            Kind.POST_BACKWARD: self._post_gradient,
-            Kind.SEND_FORWARD: self._send_activation,
-            Kind.RECV_BACKWARD: self._receive_gradient,
-            Kind.BACKWARD: self._backward,
-            Kind.INPUT_GRADIENT: self._input_gradient,
-            Kind.WEIGHT_GRADIENT: self._weight_gradient,
-            Kind.SEND_BACKWARD: self._send_gradient,
+        # The plan has no transfers between stages of one rank, which hand over as they compute.
+        takes = (self._post_activation, self._receive_activation) if to.previous_is_here else ()
+        hands_on = (self._post_gradient, self._send_activation) if to.next_is_here else ()
+        takes_back = (self._receive_gradient,) if to.next_is_here else ()
+        hands_back = (self._send_gradient,) if to.previous_is_here else ()
+        self._methods: dict[Kind, tuple[Callable[[int], None], ...]] = {
+            Kind.POST_FORWARD: (self._post_activation,),
+            Kind.RECV_FORWARD: (self._receive_activation,),
+            Kind.FORWARD: (*takes, self._forward, *hands_on),
+            Kind.POST_BACKWARD: (self._post_gradient,),
+            Kind.SEND_FORWARD: (self._send_activation,),
+            Kind.RECV_BACKWARD: (self._receive_gradient,),
+            Kind.BACKWARD: (*takes_back, self._backward, *hands_back),
+            Kind.INPUT_GRADIENT: (*takes_back, self._input_gradient, *hands_back),
+            Kind.WEIGHT_GRADIENT: (self._weight_gradient,),
+            Kind.SEND_BACKWARD: (self._send_gradient,),
         }
         self.begin_at(0)
 
@@ -137,7 +142,8 @@ class StageStream:
 
     def do(self, kind: Kind, number: int) -> None:
         """Do what an action says for mini-batch `number`."""
-        self._methods[kind](number)
+        for method in self._methods[kind]:
+            method(number)
 
     def forget(self, number: int) -> None:
         """Mini-batch `number` is done, or has no loss."""

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Tie
 from lightning_cpipe.transport.wiring import Pair, TieEnds
+from lightning_cpipe.transport.within import InnerEdge
 from lightning_cpipe.tree import TensorSpec
 
 
@@ -130,7 +131,7 @@ class Owned(Tied):
 
 
 class Ties:
-    """All ties of one stage.
+    """All ties of the stages of one rank.
 
     Args:
         copies: where it holds copies.
@@ -145,28 +146,33 @@ class Ties:
     def of(
         cls,
         ties: Sequence[Tie],
-        stage: int,
         schedule: Schedule,
-        own: Mapping[str, nn.Parameter],
+        own: Mapping[int, Mapping[str, nn.Parameter]],
         ends: Mapping[Pair, TieEnds],
     ) -> Ties:
-        """Those of one stage.
+        """Those of the stages of one rank.
 
         Args:
             ties: of the whole module.
-            stage: this one.
             schedule: tells when gradients are due.
-            own: the stage's trainable parameters, by name.
-            ends: of the lanes of each tie.
+            own: the trainable parameters of each of these stages, by name.
+            ends: of the lanes of each tie with another rank.
         """
-        copies = [
-            Copies([own[name] for name in tie.names], ends[tie.user, tie.owner]) for tie in ties if tie.user == stage
-        ]
-        owned = [
-            Owned([own[name] for name in tie.names], ends[tie.user, stage], schedule.rows_late(tie.user, stage))
-            for tie in ties
-            if tie.owner == stage
-        ]
+        copies: list[Copies] = []
+        owned: list[Owned] = []
+        for tie in ties:
+            of_user = of_owner = ends.get((tie.user, tie.owner))
+            if tie.user in own and tie.owner in own:
+                device = own[tie.owner][tie.names[0]].device
+                gradients, weights = InnerEdge(device), InnerEdge(device)
+                of_user, of_owner = TieEnds(weights, gradients), TieEnds(gradients, weights)
+            if tie.user in own:
+                assert of_user is not None
+                copies.append(Copies([own[tie.user][name] for name in tie.names], of_user))
+            if tie.owner in own:
+                assert of_owner is not None
+                late = schedule.rows_late(tie.user, tie.owner)
+                owned.append(Owned([own[tie.owner][name] for name in tie.names], of_owner, late))
         return cls(copies, owned)
 
     def begin(self) -> None:

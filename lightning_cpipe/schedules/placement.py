@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.plan import Held
 
@@ -24,6 +26,31 @@ def interleaved(num_stages: int, per_rank: int) -> Held:
     """
     ranks = _ranks(num_stages, per_rank)
     return tuple(tuple(range(line, num_stages, ranks)) for line in range(ranks))
+
+
+def stages_of(rank: int, held: Held) -> tuple[int, ...]:
+    """The stages that a rank holds. Rank 0 holds the last one.
+
+    Loss, metrics, progress bar and loggers are born on the last stage, and Lightning does all of that on rank 0. The
+    last stage is also the first to finish a local step, so what rank 0 says comes in time for everyone.
+    """
+    return held[-1 - rank % len(held)]
+
+
+def rank_of(stage: int, held: Held) -> int:
+    """The rank that holds a stage."""
+    return next(rank for rank in range(len(held)) if stage in stages_of(rank, held))
+
+
+def in_words(stages: Iterable[int]) -> str:
+    """For a reader: ``0``, ``0-2`` or ``0, 3``."""
+    runs: list[list[int]] = []
+    for stage in sorted(stages):
+        if runs and stage == runs[-1][-1] + 1:
+            runs[-1].append(stage)
+        else:
+            runs.append([stage])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _ranks(num_stages: int, per_rank: int) -> int:

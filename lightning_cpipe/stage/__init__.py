@@ -1,4 +1,4 @@
-"""One stage of a module that nobody changed.
+"""One stage, or several, of a module that nobody changed.
 
 cut            how a module is cut, as data
 replay         runs one stage of a step
@@ -10,5 +10,6 @@ absent         stands in for a weight of another stage
 versions       keeps the weights that mini-batches in flight, or to come, use
 randomness     seeded scopes
 isolation      random numbers of their own for modules
+own_state      what a step writes on the module, for each of several stages
 stage_module   all of that on one module
 """

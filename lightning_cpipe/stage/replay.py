@@ -128,7 +128,7 @@ class Replay:
 
     def remove(self) -> None:
         """Take the stubs and hooks away."""
-        for stub in self._stubs:
+        for stub in reversed(self._stubs):
             stub.remove()
         for handle in self._handles:
             handle.remove()

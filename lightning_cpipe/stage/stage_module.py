@@ -1,8 +1,8 @@
-"""A module of which this process runs one stage."""
+"""A module of which this process runs one stage, or several."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.isolation import Isolation
+from lightning_cpipe.stage.own_state import OwnState
 from lightning_cpipe.stage.randomness import SeededScope
 from lightning_cpipe.stage.replay import Replay, Replayed
+from lightning_cpipe.stage.weights import Substitutes, copies_for
 from lightning_cpipe.tree import TemplateTable
 
 
@@ -22,18 +24,34 @@ class StageModule:
     Args:
         root: the whole module; the weights of other stages may be absent.
         cut: how it is cut.
-        stage: which stage this process runs.
+        stage: which stage this is.
         device: where the stage computes.
+        isolation: of the modules that draw, where several stages of this process share it; None for one of its own.
+        copies: the stage's own copies of parameters that a later stage of this process trains, too, by name.
+        state: what the step writes on the module, where several stages of this process share that.
     """
 
-    def __init__(self, root: nn.Module, cut: Cut, stage: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        cut: Cut,
+        stage: int,
+        device: torch.device,
+        isolation: Isolation | None = None,
+        copies: Mapping[str, nn.Parameter] | None = None,
+        state: OwnState | None = None,
+    ) -> None:
         self.cut = cut
         self.stage = stage
         passages = {name: step.passages[stage] for name, step in cut.steps.items()}
         later = {stub for step in cut.steps.values() for p in step.passages[stage + 1 :] for stub in p.stubs}
         self._replay = Replay(root, passages, device, later)
-        self._isolation = Isolation(root, cut.draws, cut.draws_repeatedly)
+        self._isolation = isolation or Isolation(root, cut.draws, cut.draws_repeatedly)
         self._scope = SeededScope()
+        self._root = root
+        self._copies = copies or {}
+        self._substitutes = Substitutes(root, self._copies)
+        self._state = state or OwnState(root, cut, (stage,))
 
     @property
     def num_stages(self) -> int:
@@ -44,6 +62,16 @@ class StageModule:
     def is_last(self) -> bool:
         """Whether this stage makes the loss."""
         return self.stage == self.num_stages - 1
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that the stage trains, by name."""
+        homes = self.cut.homes
+        own = {name: self._copies.get(name, each) for name, each in self._root.named_parameters()}
+        return {n: each for n, each in own.items() if each.requires_grad and self.stage in homes.get(n, (self.stage,))}
+
+    def follow(self) -> None:
+        """The module's weights were changed from outside: take them over into the stage's own copies."""
+        self._substitutes.follow()
 
     def forward(
         self,
@@ -58,14 +86,29 @@ class StageModule:
         """Run this stage's part of a step; see `Replay.run`. All its random numbers follow from `seed`."""
         # With one stage there is nothing to agree on; a step without randomness runs as it does without a pipeline.
         scope = self._scope(seed) if self.num_stages > 1 or self.cut.steps[name].draws else nullcontext()
-        with scope, self._isolation.of(seed):
+        with scope, self._isolation.of(seed), self._substitutes.hanging(), self._state.of(self.stage):
             return self._replay.run(name, step, received, table, describe=describe)
 
     @contextmanager
     def drawing(self, seed: int) -> Iterator[None]:
         """Inside, modules draw what they drew in the forward: where activation checkpointing repeats it, say."""
-        with self._isolation.of(seed):
+        with self._isolation.of(seed), self._substitutes.hanging():
             yield
+
+    @contextmanager
+    def looking(self, seed: int) -> Iterator[None]:
+        """The module stands inside as a forward of the stage would find it."""
+        with self.drawing(seed), self._state.of(self.stage):
+            yield
+
+    @classmethod
+    def of_rank(cls, root: nn.Module, cut: Cut, stages: Sequence[int], device: torch.device) -> list[StageModule]:
+        """The stages that this process runs, all on one module; the last one must be removed first."""
+        isolation = Isolation(root, cut.draws, cut.draws_repeatedly)
+        state = OwnState(root, cut, stages)
+        return [
+            cls(root, cut, stage, device, isolation, copies_for(root, cut, stage, stages), state) for stage in stages
+        ]
 
     def remove(self) -> None:
         """Leave the module as it was, weights excepted."""

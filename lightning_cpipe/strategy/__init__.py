@@ -7,8 +7,11 @@ fetcher            data, drawn ahead of the loop; epoch_reader, update_count, dr
 parity             whether a module gives the same in stages, asked in one process
 cutting, probing   set-up: look at the module, choose the cuts, agree on them
 run_at_hand        this rank's part of one run: steps, on a stage_run; sharing; hooks
-steps              the steps, of mini-batches ahead of the loop's
+steps              the steps, of mini-batches ahead of the loop's; elsewhere: for a stage that is not the last
+micro_batches      those of flush schedules; slicing: of a nested batch; one_step: they are one step for Lightning
+looks              later looks at whether what crosses the cuts is all that counts
 sharing, hooks     what the last stage logs and decides; which hooks run where
+clipping           by norm: of all stages, or of each
 step_names         the names that Lightning makes of a step's
 whole, checkpoint  the module in parts and whole again; one plain file out of the parts
 processes, launchers, ending    the ranks, and how they end

@@ -27,6 +27,7 @@ from lightning_cpipe.probe.lent import lent_weights
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
@@ -35,7 +36,7 @@ from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
-from lightning_cpipe.strategy.processes import Processes, stage_of
+from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.tree import flatten
 
 
@@ -89,7 +90,7 @@ def agree_on_cut(
         cut = _find(trainer, processes, asked, schedule, device, seed)
     if blueprint is not None:
         # Where nothing will run, the module is whole.
-        blueprint.build(needed_by(cut, processes.stage) if cut.steps else blueprint.hollow)
+        blueprint.build(needed_by(cut, *processes.stages) if cut.steps else blueprint.hollow)
     elif in_parts:
         _bring_home(module, cut, processes, holders)
     return cut, in_parts
@@ -140,7 +141,7 @@ def _find(
 
 def _bring_home(module: pl.LightningModule, cut: Cut, processes: Processes, holders: Sequence[set[str]]) -> None:
     """Send each weight to the ranks that need it now and have not had it, one after the other."""
-    needed = [needed_by(cut, stage_of(rank, processes.num_stages)) for rank in range(processes.num_stages)]
+    needed = [needed_by(cut, *stages_of(rank, processes.held)) for rank in range(processes.num_ranks)]
     for name, parameter in list(module.named_parameters()):
         needy = [rank for rank, names in enumerate(needed) if name in names - holders[rank]]
         if not needy:

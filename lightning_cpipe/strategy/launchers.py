@@ -48,8 +48,8 @@ class Launched(Protocol):
     def refuse_early(self, trainer: pl.Trainer) -> None:
         """Raise if this can't run."""
 
-    def stage_of(self, rank: int) -> int:
-        """The stage that a rank holds."""
+    def named_stages_of(self, rank: int) -> str:
+        """The stages that a rank holds, in words."""
 
 
 class ScriptLauncher(SubprocessScriptLauncher):
@@ -94,7 +94,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
             self._child_watch.stop()
         for child in self.procs:
             child.kill()
-        cause = FirstCause.of(0, self._strategy.stage_of(0), f"before it began: {in_words(error)}")
+        cause = FirstCause.of(0, self._strategy.named_stages_of(0), f"before it began: {in_words(error)}")
         Ending().because(cause, error, echo=False)
 
 
@@ -175,7 +175,7 @@ class _ChildWatch(threading.Thread):
             # It is about to, once the loggers have said goodbye.
             return
         status = self._children[rank - 1].returncode
-        say(FirstCause.of(rank, self._strategy.stage_of(rank), f"its process ended with status {status}"))
+        say(FirstCause.of(rank, self._strategy.named_stages_of(rank), f"its process ended with status {status}"))
         for child in self._children:
             child.kill()
         os._exit(1)
@@ -205,4 +205,6 @@ def _explained(error: ProcessException, strategy: Launched) -> RankLostError:
     assert strategy.words_folder is not None
     words = read_last_words(strategy.words_folder / f"rank_{rank}")
     how = "its process is gone" if isinstance(error, ProcessExitedException) else "see its error above"
-    return RankLostError(words or FirstCause.of(rank, strategy.stage_of(rank), f"{how}, before it began").text, rank)
+    return RankLostError(
+        words or FirstCause.of(rank, strategy.named_stages_of(rank), f"{how}, before it began").text, rank
+    )

@@ -43,7 +43,7 @@ class Planning(ContinuousPipeStrategy):
     def refuse_early(self, trainer: pl.Trainer) -> None:
         if not isinstance(self._schedule, Continuous):
             refuse([f"schedule={self._schedule.name!r}: only the continuous schedule can be forecast. Leave it out."])
-        self._refuse(trainer, self._planned_stages)
+        self._refuse(trainer, self._planned_stages, self._planned_stages)
         # As many as each process of the pipeline will have, before the launcher sets those of a single one.
         set_num_threads_if_needed(num_processes=self._planned_stages)
 

@@ -15,6 +15,9 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 
 from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.schedules.placement import in_words as stages_in_words
+from lightning_cpipe.schedules.placement import rank_of, stages_of
+from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
 from lightning_cpipe.transport.control import Control
@@ -28,53 +31,47 @@ START_UP = timedelta(minutes=10)
 """How long the ranks wait for each other at the start; importing torch in many processes at once takes its time."""
 
 
-def stage_of(rank: int, num_stages: int) -> int:
-    """The stage that a rank holds. Rank 0 holds the last one.
-
-    Loss, metrics, progress bar and loggers are born on the last stage, and Lightning does all of that on rank 0. The
-    last stage is also the first to finish a local step, so what rank 0 says comes in time for everyone.
-    """
-    return num_stages - 1 - rank % num_stages
-
-
-def rank_of(stage: int, num_stages: int) -> int:
-    """The rank that holds a stage."""
-    return num_stages - 1 - stage
-
-
 class Processes:
     """The ranks of one pipeline, seen from one of them.
 
     Args:
         environment: knows the ranks and their address.
-        num_stages: p, one rank each.
+        held: the stages of each rank, in the order in which data flows.
         device: where this rank computes.
         backend: of the groups that carry tensors; None for the device's own.
     """
 
-    def __init__(
-        self, environment: ClusterEnvironment, num_stages: int, device: torch.device, backend: str | None
-    ) -> None:
+    def __init__(self, environment: ClusterEnvironment, held: Held, device: torch.device, backend: str | None) -> None:
         self.rank = environment.global_rank()
-        self.num_stages = num_stages
-        self.stage = stage_of(self.rank, num_stages)
+        self.held = held
+        self.stages = stages_of(self.rank, held)
         self._wiring: Wiring | None = None
         self._watch: Watch | None = None
         self._words: LastWords | None = None
         self._ending = Ending()
         self._backend = backend or default_backend_for(device)
         self._launcher = launcher()
-        self._guard = Guard(self.rank, self.stage, self._launcher)
-        if num_stages > 1:
+        self._guard = Guard(self.rank, stages_in_words(self.stages), self._launcher)
+        if self.num_ranks > 1:
             self._guard.start()
             init_dist_connection(environment, self._backend, timeout=START_UP)
-        self.control = Control(num_stages)
-        if num_stages > 1:
-            ranks = [rank_of(stage, num_stages) for stage in range(num_stages)]
-            self._wiring = Wiring(self.control, ranks, self.stage, device, self._backend)
+        self.control = Control(self.num_ranks)
+        if self.num_ranks > 1:
+            ranks = [rank_of(stages[0], held) for stages in held]
+            self._wiring = Wiring(self.control, ranks, held.index(self.stages), device, self._backend, held)
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(self, _let_go_of, self._wiring, self.control, self._ending)
         self._letting_go.atexit = False
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline."""
+        return sum(map(len, self.held))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that hold them."""
+        return len(self.held)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -83,11 +80,11 @@ class Processes:
             silence_s: seconds without a beat after which a rank counts as dead.
             words_folder: where the launcher looks for the last words of a rank; None for a temporary file.
         """
-        if self.num_stages == 1:
+        if self.num_ranks == 1:
             return
         path = None if words_folder is None else words_folder / f"rank_{self.rank}"
-        self._words = LastWords(sentence_if_killed(self.rank, self.stage), path)
-        stages = [stage_of(rank, self.num_stages) for rank in range(self.num_stages)]
+        self._words = LastWords(sentence_if_killed(self.rank, stages_in_words(self.stages)), path)
+        stages = [stages_in_words(stages_of(rank, self.held)) for rank in range(self.num_ranks)]
         run = self.control.share(uuid.uuid4().hex)
         self._watch = Watch(self.rank, stages, run, silence_s, self._words, self._launcher)
         self.control.barrier()

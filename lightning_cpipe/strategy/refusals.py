@@ -63,10 +63,11 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"data_parallel_size={asked.data_parallel_size}: one pipeline for now. {LATER}"
     if isinstance(asked.num_stages, int) and asked.num_stages < 1:
         yield f"num_stages={asked.num_stages}: the least is 1."
-    elif asked.num_stages != "auto" and asked.num_stages != num_ranks:
+    elif asked.num_stages != "auto" and asked.num_stages % num_ranks:
         yield (
-            f"num_stages={asked.num_stages} on {num_ranks} devices: one stage per device for now. Leave `num_stages`"
-            f" out, or set `devices={asked.num_stages}`. {LATER}"
+            f"num_stages={asked.num_stages} on {num_ranks} devices: each device holds as many stages as the others. Set"
+            f" `num_stages` to a multiple of {num_ranks}, or `devices` to {asked.num_stages} or a divisor of it; with"
+            " `devices=1` one process runs all stages."
         )
     if asked.schedule not in SCHEDULES and not str(asked.schedule).endswith(".csv"):
         yield f"schedule={asked.schedule!r}: there is none of that name; there are {', '.join(map(repr, SCHEDULES))}."

@@ -17,7 +17,7 @@ class RunAtHand:
     """One rank's part of a fit or of an evaluation.
 
     Attributes:
-        stage_run: its stage, lanes and streams.
+        stage_run: its stages, lanes and streams.
         steps: its steps.
         sharing: its share in the talk of what the last stage logs and decides.
         whole: its share in the whole module; None where there is one stage.
@@ -44,7 +44,7 @@ class RunAtHand:
     def break_off(self) -> None:
         """The pipeline is broken: leave the module as it is, cut."""
         self._let_go()
-        self.stage_run.module.remove()
+        self.stage_run.remove()
 
     def _let_go(self) -> None:
         # Where `end` fails, `break_off` follows.

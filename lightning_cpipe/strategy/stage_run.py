@@ -1,8 +1,11 @@
-"""One rank's share of one run: the stage's module, its lanes and its streams, put together."""
+"""One rank's share of one run: its stages, their lanes and their streams, put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
 
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
@@ -13,6 +16,7 @@ from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.transport.wiring import Lanes
@@ -22,24 +26,43 @@ class StageRun:
     """What lives from the strategy's set-up to its teardown.
 
     Attributes:
-        module: the stage.
-        decisions: its place in the chain of what the last stage decides.
-        evaluations: the streams of the steps that do not train, by name.
+        modules: the stages, in order.
+        decisions: the rank's place in the chain of what the last stage decides.
+        evaluations: the streams of the steps that do not train, of each stage in order, by name.
     """
 
-    def __init__(self, module: StageModule, lanes: Lanes, timeline: Timeline) -> None:
-        self.module = module
+    def __init__(
+        self, modules: Sequence[StageModule], lanes: Lanes, timelines: Mapping[int, Timeline], device: torch.device
+    ) -> None:
+        self.modules = modules
         self.decisions = Decisions(lanes.records_in.get("decisions"), lanes.records_out.get("decisions"))
         self._lanes = lanes
-        self._timeline = timeline
+        self._timelines = timelines
+        self._device = device
         self._training_lanes = Neighbours.of_training(lanes)
         self._evaluation_lanes = Neighbours.of_evaluation(lanes)
+        to_each = self._evaluation_lanes.in_a_row(len(modules), device)
         self.evaluations = {
-            name: EvaluationStream(name, module, self._evaluation_lanes, timeline)
-            for name in module.cut.steps
+            name: [EvaluationStream(name, module, to, timelines[module.stage]) for module, to in zip(modules, to_each)]
+            for name in self.cut.steps
             if name != STEP
         }
         self._training: TrainingStream | None = None
+
+    @property
+    def cut(self) -> Cut:
+        """How the module is cut."""
+        return self.modules[0].cut
+
+    @property
+    def stages(self) -> list[int]:
+        """Those of this rank."""
+        return [module.stage for module in self.modules]
+
+    @property
+    def has_last(self) -> bool:
+        """Whether one of them makes the loss."""
+        return self.modules[-1].is_last
 
     @property
     def trains(self) -> bool:
@@ -56,17 +79,43 @@ class StageRun:
     def train(
         self,
         schedule: Schedule,
-        versions: Versions,
         source: Source,
-        run_step: Callable[[MiniBatch], object],
+        run_step: Callable[[int, MiniBatch], object],
         slices: Slices | None = None,
     ) -> TrainingStream:
-        """Begin to train; see `TrainingStream`."""
-        ties = Ties.of(self.module.cut.ties, self.module.stage, schedule, versions.named, self._lanes.ties)
-        source = slices or source
-        stage = StageStream(self.module, schedule, versions, self._training_lanes, self._timeline, source, run_step)
-        self._training = TrainingStream([stage], schedule, self.module.num_stages, self._timeline, ties, slices)
+        """Begin to train.
+
+        Args:
+            schedule: whose rows are run.
+            source: where the mini-batches are.
+            run_step: calls the user's step of the whole module for a stage, on a mini-batch.
+            slices: where the micro-batches of a flush schedule are.
+        """
+        to_each = self._training_lanes.in_a_row(len(self.modules), self._device)
+        versions = [Versions(module.parameters().items(), schedule.versions.keeps) for module in self.modules]
+        streams = [
+            StageStream(
+                module,
+                schedule,
+                own,
+                to,
+                self._timelines[module.stage],
+                slices or source,
+                partial(run_step, module.stage),
+            )
+            for module, own, to in zip(self.modules, versions, to_each)
+        ]
+        last = self.modules[-1]
+        own_by_stage = {module.stage: own.named for module, own in zip(self.modules, versions)}
+        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes.ties)
+        timeline = self._timelines[last.stage]
+        self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices)
         return self._training
+
+    def follow(self) -> None:
+        """The module's weights were changed from outside: let all that is kept of them be the same."""
+        for module in self.modules:
+            module.follow()
 
     def settle(self) -> int:
         """Training is over: discard what is in flight.
@@ -89,4 +138,9 @@ class StageRun:
         self._evaluation_lanes.discard()
         for edge in self._lanes.outgoing.values():
             edge.flush()
-        self.module.remove()
+        self.remove()
+
+    def remove(self) -> None:
+        """Leave the module as it was, weights excepted."""
+        for module in reversed(self.modules):
+            module.remove()

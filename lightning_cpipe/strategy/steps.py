@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,10 +17,9 @@ from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
 from lightning_cpipe.engine.stage_stream import InFlight, OfLoss
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
-from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.randomness import derived_seed, seeded
-from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.strategy.drawn import Drawn, Released
+from lightning_cpipe.strategy.elsewhere import on_another_rank
 from lightning_cpipe.strategy.lightning_private import (
     has_transfer_hooks,
     prepare_batch,
@@ -32,15 +33,17 @@ from lightning_cpipe.strategy.one_step import OneStep
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.tree import TemplateTable
 
+Content = TypeVar("Content")
+
 
 class Steps:
     """Runs a step's forward on one mini-batch and its backward on another.
 
     Args:
         trainer: whose loops hand over the mini-batches.
-        run: the stage and its streams.
+        run: the stages and their streams.
         seed: what all random numbers follow from.
-        device: where the stage computes.
+        device: where the stages compute.
     """
 
     def __init__(self, trainer: pl.Trainer, run: StageRun, seed: int, device: torch.device) -> None:
@@ -48,41 +51,36 @@ class Steps:
         self._lightning_module = trainer.lightning_module
         self._precision = trainer.precision_plugin
         self._run = run
-        self._several = run.module.num_stages > 1
+        self._several = run.cut.num_stages > 1
         self._seed = seed
         self._device = device
         self._takes_batch_idx = self._transfers_its_own_way = True
         self._evaluations = 0
         self._mark = (-1, 0)
         self._trainable: dict[str, bool] = {}
-        self._looks = Looks(self._lightning_module, run.module, device)
+        self._looks = {each.stage: Looks(self._lightning_module, each, device) for each in run.modules}
         self._micro_batches: MicroBatches | None = None
         self._one_step = OneStep(trainer)
         self.running = False
         """Whether the user's `training_step` is running."""
 
     def begin_training(self, schedule: Schedule, num_microbatches: int | None) -> TrainingStream:
-        """Be ready to train the weights that are on this stage.
+        """Be ready to train the weights that are on this rank's stages.
 
         Args:
             schedule: who does what, when.
             num_microbatches: slices of a mini-batch; None where the schedule streams whole mini-batches.
         """
-        own = [
-            (name, parameter)
-            for name, parameter in self._lightning_module.named_parameters()
-            if parameter.requires_grad and not isinstance(parameter, AbsentParameter)
-        ]
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
         source = fetcher_of(self._trainer)
         if num_microbatches is not None:
             self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
-        versions = Versions(own, schedule.versions.keeps)
-        training = self._run.train(schedule, versions, source, self._run_training_step, self._micro_batches)
+        training = self._run.train(schedule, source, self._run_training_step, self._micro_batches)
         if self._several:
-            training.last.before_forward = self._look
+            for stage, stream in training.stages.items():
+                stream.before_forward = partial(self._look, stage)
         return training
 
     def require_same_trainable(self) -> None:
@@ -118,7 +116,7 @@ class Steps:
             self._run.training.skip_to(drawn.number)
         self._run.training.forward_until(drawn.number)
         numbers = self._numbers
-        if not self._run.module.is_last or len(numbers) > 1:
+        if not self._run.has_last or len(numbers) > 1:
             # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead, or the losses of
             # the micro-batches, of which some are forwarded later.
             return torch.zeros((), device=self._device, requires_grad=True)
@@ -143,15 +141,15 @@ class Steps:
                 return self._one_step.share_of(micro_batch, work.returned), run
             return loss, run
 
-        self._run.training.last.of_loss = of_loss if self._run.module.is_last else None
+        self._run.training.last.of_loss = of_loss if self._run.has_last else None
         self._run.training.backward(self._at.number)
-        if sliced and self._run.module.is_last:
+        if sliced and self._run.has_last:
             self._one_step.end()
 
     def output(self, output: dict[str, Any]) -> dict[str, Any]:
         """What the hooks get as the output of the local step; on the last stage, with the true loss."""
         sliced = len(self._numbers) > 1
-        return self._one_step.output(output) if sliced and self._run.module.is_last else output
+        return self._one_step.output(output) if sliced and self._run.has_last else output
 
     def begin_update_if_due(self) -> None:
         """After a backward: the optimizer steps next, unless gradients are still being accumulated."""
@@ -174,10 +172,29 @@ class Steps:
             yield
 
     def evaluate(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """`validation_step`, `test_step` or `predict_step` on this stage."""
+        """`validation_step`, `test_step` or `predict_step` on this rank's stages."""
         step = getattr(self._lightning_module, name)
         seed = derived_seed(self._seed, name, self._evaluations, self._mark[0])
-        return self._run.evaluations[name].run(arguments[0], self._mark, seed, lambda: step(*arguments))
+        returned = None
+        for stage, stream in zip(self._run.stages, self._run.evaluations[name]):
+            own = self._own(arguments, stage)
+            with self._where_it_belongs(stage):
+                returned = stream.run(own[0], self._mark, seed, partial(step, *own))
+        return returned
+
+    def _own(self, batch: Content, stage: int) -> Content:
+        """For each stage a batch of its own, as in a process of its own: a step may write into it.
+
+        The last one has the batch that the loop's hooks see.
+        """
+        return batch if stage == self._run.stages[-1] else copy.deepcopy(batch)
+
+    def _where_it_belongs(self, stage: int) -> AbstractContextManager[None]:
+        """A stage's step runs inside, as if each stage had a rank."""
+        last = self._run.cut.num_stages - 1
+        if stage == last or not self._run.has_last:
+            return nullcontext()
+        return on_another_rank(self._lightning_module, last - stage)
 
     @property
     def _numbers(self) -> range:
@@ -193,33 +210,34 @@ class Steps:
         assert released is not None
         return released
 
-    def _run_training_step(self, mini_batch: MiniBatch) -> Any:
-        """Call the user's step on a mini-batch that may be ahead of the loop."""
+    def _run_training_step(self, stage: int, mini_batch: MiniBatch) -> Any:
+        """Call the user's step for a stage, on a mini-batch that may be ahead of the loop."""
         assert isinstance(mini_batch, Drawn)
-        with at_its_own_time(self._trainer, mini_batch):
-            arguments = self._arguments(mini_batch)
+        with at_its_own_time(self._trainer, mini_batch), self._where_it_belongs(stage):
+            arguments = self._arguments(stage, mini_batch)
             self.running = True
             try:
-                with self._heard_for(mini_batch), self._precision.train_step_context():
+                with self._heard_for(stage, mini_batch), self._precision.train_step_context():
                     return self._lightning_module.training_step(*arguments)
             finally:
                 self.running = False
 
-    def _look(self, mini_batch: MiniBatch, received: Sequence[Tensor], table: TemplateTable) -> None:
+    def _look(self, stage: int, mini_batch: MiniBatch, received: Sequence[Tensor], table: TemplateTable) -> None:
         """See whether the user's step still uses no more than what crosses the cut."""
         if not is_due(mini_batch.number):
             return
         assert isinstance(mini_batch, Drawn)
-        with at_its_own_time(self._trainer, mini_batch):
-            self._looks.look(mini_batch, self._arguments(mini_batch), received, table)
+        with at_its_own_time(self._trainer, mini_batch), self._where_it_belongs(stage):
+            self._looks[stage].look(mini_batch, self._arguments(stage, mini_batch), received, table)
 
-    def _arguments(self, drawn: Drawn) -> tuple[Any, ...]:
-        batch = self._prepared(drawn)
+    def _arguments(self, stage: int, drawn: Drawn) -> tuple[Any, ...]:
+        batch = self._own(self._prepared(drawn), stage)
         return (batch, drawn.index) if self._takes_batch_idx else (batch,)
 
-    def _heard_for(self, mini_batch: Drawn) -> AbstractContextManager[None]:
+    def _heard_for(self, stage: int, mini_batch: Drawn) -> AbstractContextManager[None]:
         """What is logged inside is logged for this mini-batch, or for this slice of one."""
-        if not (isinstance(mini_batch, MicroBatch) and self._run.module.is_last and len(self._numbers) > 1):
+        last = self._run.cut.num_stages - 1
+        if not (isinstance(mini_batch, MicroBatch) and stage == last and len(self._numbers) > 1):
             return nullcontext()
         if mini_batch.number == self._numbers[0]:
             self._one_step.begin()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -33,6 +34,9 @@ from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.flushed import Flushed
+from lightning_cpipe.schedules.placement import in_words as stages_in_words
+from lightning_cpipe.schedules.placement import stages_of
+from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
@@ -41,7 +45,7 @@ from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
-from lightning_cpipe.strategy.clipping import clip_by_whole_norm
+from lightning_cpipe.strategy.clipping import clip_by_whole_norm, clip_stage_by_stage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_cut
 from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
@@ -58,7 +62,7 @@ from lightning_cpipe.strategy.lightning_private import (
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.options import Options, StartMethod
-from lightning_cpipe.strategy.processes import Processes, stage_of
+from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.refusals import (
     clips_by_norm,
     reasons_in_accumulation,
@@ -86,8 +90,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
     Runs on CPUs with gloo. The path for GPUs with NCCL is written and the order of its operations is tested, but it has
     not run on a GPU yet.
 
-    One process per stage. Whole mini-batches stream through the stages, one optimizer update per mini-batch, across
-    epochs, validations and checkpoints. The price is delay: the gradient at stage s of p is p - 1 - s updates old.
+    One process per stage, or for several. Whole mini-batches stream through the stages, one optimizer update per
+    mini-batch, across epochs, validations and checkpoints. The price is delay: the gradient at stage s of p is
+    p - 1 - s updates old.
     The flush schedules, which pay in idle time instead, run here too.
 
     Example:
@@ -96,7 +101,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         >>> trainer = pl.Trainer(strategy="continuous_pipe", devices=4)  # doctest: +SKIP
 
     Args:
-        num_stages: stages of the pipeline, one per device.
+        num_stages: stages of the pipeline; ``auto`` for one per device. A multiple of the devices lets each hold
+            several in a row, with the same numbers; with ``devices=1`` that is a rehearsal of the whole pipeline.
         data_parallel_size: pipelines side by side; 1 for now.
         schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b`` and ``zb``:
             the micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it; ``zb``
@@ -105,7 +111,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             along the first dimension of its tensors, or by the module's own `split_batch(batch, num_microbatches)`,
             which returns the slices.
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
-        memory_limit: what a stage may take while it trains: weights, gradients, optimizer, weight versions and the
+        memory_limit: what each stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
             bytes. None for as much as it takes.
         versions: which weights a mini-batch uses on a stage. ``stash``: the newest at its forward, in the backward
@@ -168,7 +174,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.words_folder: Path | None = None
         """Where a launcher looks for the last words of the ranks it started."""
         self.timeline = Timeline()
-        """What this rank did when, in the run at hand or the last one."""
+        """What this rank did when, in the run at hand or the last one; of further stages that it holds, see
+        `timelines`."""
+        self.timelines: dict[int, Timeline] = {}
+        """By stage. What is the rank's, such as waiting for data and for decisions, is with its last stage."""
         self._options = Options(
             num_stages=num_stages,
             data_parallel_size=data_parallel_size,
@@ -194,6 +203,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._at_hand: RunAtHand | None = None
         self._blueprint: Blueprint | None = None
         self._reading: Reading = nullcontext
+        self._stage_now = 0
         self._streaming = False
         self._hand_raised = False
         self._whole_optimizer_states: list[State] = []
@@ -201,23 +211,37 @@ class ContinuousPipeStrategy(ParallelStrategy):
     # ---- who is who ----
 
     @property
-    def num_stages(self) -> int:
-        """Stages of the pipeline."""
+    def num_ranks(self) -> int:
+        """Processes of the pipeline."""
         return self.num_processes * self.num_nodes
 
     @property
-    def stage(self) -> int:
-        """The stage that this rank holds."""
-        return self.stage_of(self.global_rank)
+    def num_stages(self) -> int:
+        """Stages of the pipeline; a rank holds one, or several."""
+        return self.num_ranks if self._options.num_stages == "auto" else self._options.num_stages
 
-    def stage_of(self, rank: int) -> int:
-        """The stage that a rank holds; rank 0 holds the last one."""
-        return stage_of(rank, self.num_stages)
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages that this rank holds, in order."""
+        return stages_of(self.global_rank, self._held)
+
+    @property
+    def stage(self) -> int:
+        """The last stage that this rank holds."""
+        return self.stages[-1]
+
+    def named_stages_of(self, rank: int) -> str:
+        """The stages that a rank holds, in words; rank 0 holds the last one."""
+        return stages_in_words(stages_of(rank, self._held))
+
+    @property
+    def _held(self) -> Held:
+        return self.schedule.held(self.num_stages)
 
     @property
     def schedule(self) -> Schedule:
         """Who does what, when."""
-        return self._schedule
+        return replace(self._schedule, stages_per_rank=max(1, self.num_stages // max(1, self.num_ranks)))
 
     @property
     def at_hand(self) -> RunAtHand:
@@ -296,16 +320,21 @@ class ContinuousPipeStrategy(ParallelStrategy):
         Raises:
             MisconfigurationException: with all reasons.
         """
-        self._refuse(trainer, self.num_stages)
+        self._refuse(trainer, self.num_ranks, self.num_stages)
+        if self.num_stages > self.num_ranks:
+            rank_zero_info(
+                f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
+                f" Set `devices={self.num_stages}` for a process each; the numbers are the same."
+            )
         if self.num_stages > 1 and clips_by_norm(trainer) and isinstance(self._schedule, Continuous):
             rank_zero_warn(
                 f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
                 " norm over all stages is known only after the first stage's backward, too late for the others."
             )
 
-    def _refuse(self, trainer: pl.Trainer, num_stages: int) -> None:
+    def _refuse(self, trainer: pl.Trainer, num_ranks: int, num_stages: int) -> None:
         reasons = [
-            *reasons_in_options(self._options, num_stages, self.root_device),
+            *reasons_in_options(self._options, num_ranks, self.root_device),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages),
             *reasons_in_accumulation(trainer, self._schedule, num_stages),
         ]
@@ -325,7 +354,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self._processes is None:
             self._processes = Processes(
-                self.cluster_environment, self.num_stages, self.root_device, self._options.process_group_backend
+                self.cluster_environment, self._held, self.root_device, self._options.process_group_backend
             )
         self._processes.begin(self._options.timeout, self.words_folder)
         # What is drawn while data and module are set up is the same on all ranks, seeded or not.
@@ -337,7 +366,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def model_sharded_context(self) -> Iterator[None]:
         """`configure_model` runs inside; a module too big to be compared uncut has no weights yet afterwards."""
-        if self.num_stages == 1:
+        if self.num_ranks == 1:
             yield
             return
         control, module = self.processes.control, self._module
@@ -387,15 +416,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         module = self._module
         fitting = trainer.state.fn == TrainerFn.FITTING
-        tell = self.processes.at
-        self.timeline = CudaTimeline(tell=tell) if self.root_device.type == "cuda" else Timeline(tell=tell)
+        make = CudaTimeline if self.root_device.type == "cuda" else Timeline
+        self.timelines = {stage: make(tell=partial(self._begin_span, stage)) for stage in self.stages}
+        self.timeline = self.timelines[self.stage]
         self._stream = Stream(get_state())
         if fitting:
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
         blueprint, self._blueprint = self._blueprint, None
         cut, in_parts = agree_on_cut(
-            trainer, self.processes, self._options, self._schedule, self.root_device, self._seed, blueprint
+            trainer, self.processes, self._options, self.schedule, self.root_device, self._seed, blueprint
         )
         if blueprint is not None:
             self.precision_plugin.convert_module(module)
@@ -405,29 +435,32 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if cut.num_stages > 1:
             # An evaluation has none; those of a fit before may still be here.
             optimizers = self.optimizers if fitting else []
-            whole = Whole(module, optimizers, cut, self.stage, self.processes.control, stays_in_parts=in_parts)
+            whole = Whole(module, optimizers, cut, self.processes, stays_in_parts=in_parts)
             whole.take_apart()
         self.model_to_device()
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        schedule = self._schedule
+        schedule = self.schedule
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
-        lanes = self.processes.lanes(room_on_lanes(schedule.lag(self.stage, self.num_stages)), ties)
-        stage_run = StageRun(StageModule(module, cut, self.stage, self.root_device), lanes, self.timeline)
+        lanes = self.processes.lanes(room_on_lanes(self._lag), ties)
+        modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
+        stage_run = StageRun(modules, lanes, self.timelines, self.root_device)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
         undo: list[Callable[[], None]] = []
         if self.num_stages > 1:
-            undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stage)
-        if fitting and whole is not None and isinstance(self._schedule, Flushed):
+            undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stages)
+        flushes = isinstance(schedule, Flushed)
+        if flushes and fitting and whole is not None:
             clip = partial(clip_by_whole_norm, whole, self.processes.control)
             undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
+        elif len(self.stages) > 1:
+            undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
-            flushes = isinstance(self._schedule, Flushed)
-            training = steps.begin_training(self._schedule, self._options.num_microbatches if flushes else None)
+            training = steps.begin_training(schedule, self._options.num_microbatches if flushes else None)
             training.last.news.hand_raised = lambda: self._hand_raised
             sharing.hand_raised = training.last.news.is_hand_raised
 
@@ -456,12 +489,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def _raise_hand(self) -> None:
         """This process received a SIGTERM: tell the last stage, which decides for all when to stop."""
         self._hand_raised = True
-        if self.num_stages == 1 or not self._streaming:
+        if self.num_ranks == 1 or not self._streaming:
             # There is nobody to agree with, or nothing that must be brought to rest.
             set_received_sigterm(self._module.trainer, True)
 
+    @property
+    def _lag(self) -> int:
+        """How many mini-batches this rank forwards before its first backward: its first stage's."""
+        return self._schedule.lag(self.stages[0], self.num_stages)
+
     def make_fetcher(self) -> LookaheadFetcher:
-        """A fetcher for this stage."""
+        """A fetcher for this rank."""
         trainer = self._module.trainer
         changes = any(isinstance(each, _CHANGES_AT_EPOCHS) for each in callbacks_of(trainer))
         # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
@@ -469,7 +507,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         ahead = several and isinstance(self._schedule, Continuous)
         return LookaheadFetcher(
             trainer,
-            lag=self._schedule.lag(self.stage, self.num_stages) if ahead else 0,
+            lag=self._lag if ahead else 0,
             ahead=POSTED_AHEAD if ahead else 0,
             seed=self._seed,
             stream=self._stream if several and self._stream is not None else nullcontext,
@@ -480,6 +518,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def begin_stream(self) -> None:
         """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
+        self.stage_run.follow()
         self.stage_run.training.begin()
 
     def end_stream(self) -> None:
@@ -658,6 +697,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         else:
             with self._reading():
                 whole.load_module(checkpoint["state_dict"], strict)
+            self.stage_run.follow()
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -677,14 +717,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         begun = self._module.trainer.fit_loop.total_batch_idx + 1
         # Micro-batches are counted through the run; the first one of a mini-batch tells.
         most = self._options.num_microbatches
-        self.stage_run.training.last.news.tells_figures = lambda number: (
-            number % most == 0 and (begun + number // most + 1) % every_n_steps == 0
-        )
+        for stage in self.stage_run.training.stages.values():
+            stage.news.tells_figures = lambda number: (
+                number % most == 0 and (begun + number // most + 1) % every_n_steps == 0
+            )
 
     def stage_figures(self) -> dict[int, StageFigures]:
         """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
-        news = self.stage_run.training.last.news
-        return {**news.figures, self.stage: news.books.figures()}
+        training = self.stage_run.training
+        first = training.stages[self.stages[0]].news.figures
+        return {**first, **{stage: each.news.books.figures() for stage, each in training.stages.items()}}
 
     def promised_delay(self, stage: int) -> int:
         """How many updates old a stage's gradient is in the steady state, by the plan.
@@ -711,13 +753,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
         Counted on the first micro-batch, where there are some.
         """
-        return self.stage_run.module.cut.forward_flops * self._options.num_microbatches
+        return self.stage_run.cut.forward_flops * self._options.num_microbatches
 
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
         """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
-        self.timeline.settle()
-        mine = (self.stage, self.timeline.spans, self.stage_run.training.last.news.books.figures())
-        return {stage: (spans, figures) for stage, spans, figures in self.processes.control.collect(mine)}
+        mine: dict[int, tuple[list[Span], StageFigures]] = {}
+        for stage, timeline in self.timelines.items():
+            timeline.settle()
+            mine[stage] = timeline.spans, self.stage_run.training.stages[stage].news.books.figures()
+        return {stage: each for theirs in self.processes.control.collect(mine) for stage, each in theirs.items()}
 
     # ---- the end ----
 
@@ -733,13 +777,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
             children = self._launcher.procs if isinstance(self._launcher, ScriptLauncher) else []
             self._processes.fail(exception, self._where, children)
 
+    def _begin_span(self, stage: int, batch: int) -> None:
+        self._stage_now = stage
+        self.processes.at(batch)
+
     @property
     def _where(self) -> str:
         """What this rank is doing."""
-        if self.timeline.now_at is None:
+        timeline = self.timelines.get(self._stage_now, self.timeline)
+        if timeline.now_at is None:
             return "during set-up"
-        kind, batch = self.timeline.now_at
-        action = f", in {Action(ACTIONS[kind], batch, self.stage)}" if kind in ACTIONS else ""
+        kind, batch = timeline.now_at
+        action = f", in {Action(ACTIONS[kind], batch, self._stage_now)}" if kind in ACTIONS else ""
         return f"at {self._schedule.unit} {batch}{action}"
 
     @override

@@ -9,12 +9,15 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities.model_summary.model_summary import LEFTOVER_PARAMS_NAME
 
+from lightning_cpipe.schedules.placement import in_words
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import freeze_stand_ins, unfreeze_stand_ins
 from lightning_cpipe.strategy.lightning_private import callbacks_of, instead_of, with_column
 
 
-def show_stages(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, stage: int) -> list[Callable[[], None]]:
+def show_stages(
+    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, stages: Sequence[int]
+) -> list[Callable[[], None]]:
     """Give the table of every `ModelSummary`, `RichModelSummary` included, a column "Stage".
 
     Returns:
@@ -24,7 +27,7 @@ def show_stages(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, stage
     for callback in callbacks_of(trainer):
         if isinstance(callback, ModelSummary):
             undo += with_column(callback, "Stage", lambda names: stages_of(names, cut.homes))
-            undo.append(instead_of(callback, "on_fit_start", _of_the_whole(callback.on_fit_start, module, cut, stage)))
+            undo.append(instead_of(callback, "on_fit_start", _of_the_whole(callback.on_fit_start, module, cut, stages)))
     return undo
 
 
@@ -37,29 +40,19 @@ def stages_of(names: Sequence[str], homes: Mapping[str, Iterable[int]]) -> list[
     """
     of_module = {name: {weight for weight in homes if weight.startswith(f"{name}.")} for name in names}
     of_module[LEFTOVER_PARAMS_NAME] = homes.keys() - set().union(*of_module.values())
-    return [_in_words({stage for weight in of_module[name] for stage in homes[weight]}) for name in names]
-
-
-def _in_words(stages: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for stage in sorted(stages):
-        if runs and stage == runs[-1][-1] + 1:
-            runs[-1].append(stage)
-        else:
-            runs.append([stage])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return [in_words({stage for weight in of_module[name] for stage in homes[weight]}) for name in names]
 
 
 def _of_the_whole(
-    users_hook: Callable[..., Any], module: pl.LightningModule, cut: Cut, stage: int
+    users_hook: Callable[..., Any], module: pl.LightningModule, cut: Cut, stages: Sequence[int]
 ) -> Callable[..., Any]:
     """Weights of other stages count as trainable where they are."""
 
     def on_fit_start(*args: Any) -> Any:
-        unfreeze_stand_ins(module, cut, stage)
+        unfreeze_stand_ins(module, cut, *stages)
         try:
             return users_hook(*args)
         finally:
-            freeze_stand_ins(module, cut, stage)
+            freeze_stand_ins(module, cut, *stages)
 
     return on_fit_start

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_cpipe.schedules.placement import rank_of
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import (
     fill,
@@ -31,8 +32,7 @@ from lightning_cpipe.strategy.checkpoint import (
     state_by_name,
     whole_optimizer_state,
 )
-from lightning_cpipe.strategy.processes import rank_of
-from lightning_cpipe.transport.control import Control
+from lightning_cpipe.strategy.processes import Processes
 
 
 class Whole:
@@ -42,8 +42,7 @@ class Whole:
         module: with all its parameters.
         optimizers: of all parameters; none if nothing is trained.
         cut: how the module will be cut.
-        stage: this rank's.
-        control: where parts are collected.
+        processes: this rank among the others.
         stays_in_parts: whether the module is too big to be put together on one rank.
     """
 
@@ -52,24 +51,24 @@ class Whole:
         module: pl.LightningModule,
         optimizers: Sequence[Optimizer],
         cut: Cut,
-        stage: int,
-        control: Control,
+        processes: Processes,
         *,
         stays_in_parts: bool = False,
     ) -> None:
         self._module = module
         self._optimizers = list(optimizers)
         self._cut = cut
-        self._stage = stage
-        self._control = control
+        self._stages = processes.stages
+        self._control = processes.control
+        self._held = processes.held
         self.stays_in_parts = stays_in_parts
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._orders = [GroupOrder(optimizer, self._names) for optimizer in self._optimizers]
 
     def take_apart(self) -> None:
-        """Keep the weights of this rank's stage, in the module and in the optimizers."""
-        keep_only(self._module, self._cut, self._stage)
-        owned = [p for name, p in self._module.named_parameters() if self._cut.homes[name][0] == self._stage]
+        """Keep the weights of this rank's stages, in the module and in the optimizers."""
+        keep_only(self._module, self._cut, *self._stages)
+        owned = [p for name, p in self._module.named_parameters() if self._cut.homes[name][0] in self._stages]
         for optimizer in self._optimizers:
             keep_own_parameters(optimizer, owned)
 
@@ -128,15 +127,15 @@ class Whole:
         """
         if self.stays_in_parts:
             self._module.cpu()
-            unfreeze_stand_ins(self._module, self._cut, self._stage)
-            keep_true_alone(self._module, self._cut, self._stage)
+            unfreeze_stand_ins(self._module, self._cut, *self._stages)
+            keep_true_alone(self._module, self._cut, *self._stages)
             for name, buffer in self._module.named_buffers():
-                self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._cut.num_stages))
+                self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._held))
             return []
         everyones = self._collect_numbers()
         states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()
-        unfreeze_stand_ins(self._module, self._cut, self._stage)
+        unfreeze_stand_ins(self._module, self._cut, *self._stages)
         if not everyones:
             return []
         make_room(self._module)
@@ -146,4 +145,4 @@ class Whole:
 
     def _collect_numbers(self) -> list[dict[str, Tensor]]:
         """On rank 0, the weights and buffers of all stages; copies."""
-        return self._control.collect(held_by(self._module, self._cut, self._stage))
+        return self._control.collect(held_by(self._module, self._cut, *self._stages))

@@ -30,14 +30,14 @@ class Edge:
     """One end of a lane; one rank only sends on it and the other only receives.
 
     Args:
-        group: the lane's own process group, of two ranks.
+        group: the lane's own process group, of two ranks; None where both ends are in one process (see `within`).
         peer: the other one's global rank.
         device: where received tensors are made.
         in_flight: how many messages may be on their way; the sender waits for the oldest beyond that.
     """
 
-    def __init__(self, group: dist.ProcessGroup, peer: int, device: torch.device, in_flight: int = 8) -> None:
-        self._group: dist.ProcessGroup | None = group
+    def __init__(self, group: dist.ProcessGroup | None, peer: int, device: torch.device, in_flight: int = 8) -> None:
+        self._group = group
         self._peer = peer
         self._device = device
         self._in_flight = in_flight

@@ -24,20 +24,27 @@ class FirstCause(NamedTuple):
     is_mute: bool = False
 
     @classmethod
-    def of(cls, rank: int, stage: int, story: str, *, is_mute: bool = False) -> FirstCause:
-        """The cause in one sentence."""
+    def of(cls, rank: int, stage: int | str, story: str, *, is_mute: bool = False) -> FirstCause:
+        """The cause in one sentence.
+
+        Args:
+            rank: that failed first.
+            stage: that it holds; in words where it holds several: ``2-3``.
+            story: what happened.
+            is_mute: whether that rank can't say it itself.
+        """
         return cls(rank, f"{_beginning(rank, stage)}{story}", is_mute)
 
-    def tells(self, story: str, stage: int) -> bool:
+    def tells(self, story: str, stage: int | str) -> bool:
         """Whether the story begins so; an error's own text never does."""
         return self.text.startswith(_beginning(self.rank, stage) + story)
 
 
-def _beginning(rank: int, stage: int) -> str:
+def _beginning(rank: int, stage: int | str) -> str:
     return f"the pipeline ended because stage {stage} (rank {rank}) failed: "
 
 
-def sentence_if_killed(rank: int, stage: int) -> str:
+def sentence_if_killed(rank: int, stage: int | str) -> str:
     """The last words of a rank that could not say any."""
     return FirstCause.of(rank, stage, f"{GONE}; it was at mini-batch {{batch}}").text
 

@@ -41,7 +41,7 @@ class Guard:
         launcher: the process that launched this one, if this one is to end with it.
     """
 
-    def __init__(self, rank: int, stage: int, launcher: int | None) -> None:
+    def __init__(self, rank: int, stage: int | str, launcher: int | None) -> None:
         self._cause = FirstCause.of(rank, stage, ORPHANED)
         self._launcher = launcher
         self._stopping = threading.Event()

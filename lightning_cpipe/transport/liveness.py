@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +45,7 @@ class Watch:
 
     Args:
         rank: this process's global rank.
-        stages: the stage of each rank.
+        stages: the stage of each rank; in words where it holds several.
         run: tells this run's keys from those of others on the same store.
         silence_s: seconds without a beat after which a rank counts as dead.
         words: this rank's last words.
@@ -52,7 +53,13 @@ class Watch:
     """
 
     def __init__(
-        self, rank: int, stages: list[int], run: str, silence_s: float, words: LastWords, launcher: int | None = None
+        self,
+        rank: int,
+        stages: Sequence[int | str],
+        run: str,
+        silence_s: float,
+        words: LastWords,
+        launcher: int | None = None,
     ) -> None:
         self._rank = rank
         self._stages = stages

@@ -14,6 +14,8 @@ and three carry records, each through a socket:
 
 Evaluation has lanes of its own because training's receives are posted already when a validation begins.
 
+Where a process holds several neighbouring stages, they count as one here.
+
 Two stages that train the same parameters have two more lanes for tensors, whether they are neighbours or not: one for
 gradients, to the later stage, which owns these parameters, and one for its weights, back.
 """
@@ -87,10 +89,21 @@ class Wiring:
         stage: this process's.
         device: where the stage computes.
         backend: of the lanes that carry tensors, ``gloo`` or ``nccl``.
+        held: where a process holds several stages, which they are, for each of `ranks`; ties name them.
     """
 
-    def __init__(self, control: Control, ranks: Sequence[int], stage: int, device: torch.device, backend: str) -> None:
+    def __init__(
+        self,
+        control: Control,
+        ranks: Sequence[int],
+        stage: int,
+        device: torch.device,
+        backend: str,
+        held: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self._ranks = ranks
+        held = held or [(each,) for each in range(len(ranks))]
+        self._place = {each: place for place, stages in enumerate(held) for each in stages}
         self._stage = stage
         self._device = device
         self._edge_type = NcclEdge if backend == "nccl" else Edge
@@ -160,27 +173,33 @@ class Wiring:
 
     def _connected(self, ties: Iterable[Pair]) -> list[Pair]:
         """Connect these pairs, unless they are already; those that this stage belongs to."""
-        for pair in ties:
+        apart = {pair: places for pair in ties if len(set(places := self._places(pair))) == 2}
+        for pair, places in apart.items():
             if pair in self._tied:
                 continue
-            gradients, weights = self._new_group(*pair), self._new_group(*pair)
-            self._tied[pair] = (gradients, weights) if self._stage in pair else None
-            if self._stage in pair:
+            gradients, weights = self._new_group(*places), self._new_group(*places)
+            self._tied[pair] = (gradients, weights) if self._stage in places else None
+            if self._stage in places:
                 ends = self._tie_ends(pair, in_flight=1)
                 # Gradients first, on both sides; see `_warm_up`.
-                if self._stage == pair[1]:
+                if self._stage == places[1]:
                     _hear(ends.incoming)
                     _say(ends.outgoing)
                 else:
                     _say(ends.outgoing)
                     _hear(ends.incoming)
-        return [pair for pair in ties if self._stage in pair]
+        return [pair for pair, places in apart.items() if self._stage in places]
+
+    def _places(self, pair: Pair) -> tuple[int, int]:
+        """The processes of a tie, by their place in `ranks`."""
+        return self._place[pair[0]], self._place[pair[1]]
 
     def _tie_ends(self, pair: Pair, in_flight: int) -> TieEnds:
         groups = self._tied[pair]
         assert groups is not None
-        owns = self._stage == pair[1]
-        peer = self._ranks[pair[0] if owns else pair[1]]
+        of_user, of_owner = self._places(pair)
+        owns = self._stage == of_owner
+        peer = self._ranks[of_user if owns else of_owner]
         gradients, weights = (self._edge_type(group, peer, self._device, in_flight) for group in groups)
         self._handed_out += [gradients, weights]
         return TieEnds(gradients, weights) if owns else TieEnds(weights, gradients)

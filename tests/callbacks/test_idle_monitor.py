@@ -205,3 +205,12 @@ def test_a_long_table_is_cut_in_the_middle() -> None:
     batches = [row[2] for row in timeline_rows(spans)]
     half = TABLE_ROWS // 2
     assert batches == [*range(half), *range(2 * TABLE_ROWS - half, 2 * TABLE_ROWS)]
+
+
+def test_where_one_process_holds_all_stages_each_is_told_of_and_none_waits() -> None:
+    rows = fit(4, devices=1)[0].found[0]
+    for stage in range(4):
+        assert rows[-1][1][f"stage{stage}/delay_updates"] == 3 - stage
+        assert rows[-1][1][f"stage{stage}/forward_ms"] > 0
+        assert rows[-1][1][f"stage{stage}/wait_activation_ms"] < rows[-1][1][f"stage{stage}/forward_ms"]
+    assert {row["pipe/idle_ratio_predicted"] for _, row in rows} == {0}

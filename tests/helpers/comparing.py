@@ -31,7 +31,8 @@ class Found:
         cut: of the module.
         gradients: of the first mini-batch, on this stage.
         buffers: at the end; whole on rank 0.
-        most_alive: versions that held memory on this stage at once.
+        most_alive: versions that held memory at once on the last of this rank's stages.
+        all_alive: likewise on each of them, in order.
         most_delay: of its gradients, as measured.
         promised_delay: as promised.
     """
@@ -40,6 +41,7 @@ class Found:
     gradients: Numbers
     buffers: Numbers
     most_alive: int
+    all_alive: list[int]
     most_delay: int
     promised_delay: int
 
@@ -47,11 +49,10 @@ class Found:
 class Witness(pl.Callback):
     """Notes the cut, the gradients of the first mini-batch, and what the versions of the weights cost."""
 
-    most_alive = 0
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.cut = trainer.strategy.stage_run.module.cut
+        self.cut = trainer.strategy.stage_run.cut
         self.gradients: Numbers = {}
+        self.alive: dict[int, int] = {}
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         named = pl_module.named_parameters()
@@ -59,7 +60,8 @@ class Witness(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         training = trainer.strategy.stage_run.training
-        self.most_alive = max(self.most_alive, training.last.versions.alive)
+        for stage, stream in training.stages.items():
+            self.alive[stage] = max(self.alive.get(stage, 0), stream.versions.alive)
         self.most_delay = training.last.news.books.figures().most_delay
         self.promised_delay = trainer.strategy.promised_delay(trainer.strategy.stage)
 
@@ -68,7 +70,8 @@ def look(trainer: pl.Trainer, module: pl.LightningModule) -> Found:
     """What a `Witness` noted, after the fit."""
     seen = next(each for each in trainer.callbacks if isinstance(each, Witness))
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return Found(seen.cut, seen.gradients, buffers, seen.most_alive, seen.most_delay, seen.promised_delay)
+    alive = [seen.alive[stage] for stage in sorted(seen.alive)]
+    return Found(seen.cut, seen.gradients, buffers, alive[-1], alive, seen.most_delay, seen.promised_delay)
 
 
 def require_equal_to_reference(
@@ -79,6 +82,7 @@ def require_equal_to_reference(
     *,
     epochs: int,
     accumulate: int = 1,
+    devices: int | None = None,
     **strategy: Any,
 ) -> list[Seen]:
     """The loss of every step and the final weights and buffers are those of training with delayed gradients.
@@ -90,6 +94,7 @@ def require_equal_to_reference(
         optimizer_of: see `train_delayed`; what the module configures.
         epochs: how many are trained.
         accumulate: mini-batches for an update.
+        devices: processes; None for one per stage.
         strategy: options of the strategy.
 
     Returns:
@@ -99,6 +104,7 @@ def require_equal_to_reference(
         p,
         module,
         train,
+        devices=devices,
         strategy=strategy,
         callbacks=lambda: [Witness()],
         look=look,

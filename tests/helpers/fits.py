@@ -97,16 +97,18 @@ def fit_in_pipeline(
     train: Callable[[], Any],
     val: Callable[[], Any] | None = None,
     *,
+    devices: int | None = None,
     strategy: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Seen]:
-    """Fit in `stages` processes.
+    """Fit in `stages` processes, or in fewer that hold several each.
 
     Args:
         stages: p.
         module: makes the module, on each rank.
         train: makes the training loader.
         val: makes the validation loader.
+        devices: processes; None for one per stage.
         strategy: options of the strategy.
         options: see `fit_on_rank`.
 
@@ -115,10 +117,11 @@ def fit_in_pipeline(
     """
 
     def on_rank(rank: int) -> Seen:
-        chosen = ContinuousPipeStrategy(**(strategy or {}))
-        return fit_on_rank(module, train, val, strategy=chosen, devices=stages, **options)
+        chosen = ContinuousPipeStrategy(num_stages=stages, **(strategy or {}))
+        return fit_on_rank(module, train, val, strategy=chosen, devices=ranks, **options)
 
-    return run_ranks(on_rank, stages)
+    ranks = devices or stages
+    return run_ranks(on_rank, ranks)
 
 
 def fit_alone(

@@ -29,7 +29,7 @@ class NotesCut(pl.Callback):
     starts: tuple[str, ...] = ()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.starts = trainer.strategy.stage_run.module.cut.starts
+        self.starts = trainer.strategy.stage_run.cut.starts
 
 
 def starts_seen(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[str, ...]:

@@ -29,8 +29,8 @@ from tests.helpers.modules import Chain, noise_loader
 # What is refused; what the sentence says: the numbers, and what to do; whether a later version will do it.
 OPTIONS = [
     ({"data_parallel_size": 2}, ["data_parallel_size=2", "one pipeline"], True),
-    ({"num_stages": 3}, ["num_stages=3 on 2 devices", "Leave `num_stages` out", "`devices=3`"], True),
-    ({"num_stages": 1}, ["num_stages=1 on 2 devices", "`devices=1`"], True),
+    ({"num_stages": 3}, ["num_stages=3 on 2 devices", "a multiple of 2", "`devices=1`"], False),
+    ({"num_stages": 1}, ["num_stages=1 on 2 devices", "a divisor of it"], False),
     ({"num_stages": 0}, ["num_stages=0", "the least is 1"], False),
     ({"schedule": "own.csv"}, ["schedule='own.csv'", "draws and checks it", "only 'continuous'"], True),
     (

@@ -38,13 +38,20 @@ def stages_of(module: Chain, p: int) -> list[list[str]]:
 
 
 def require_equal_to_reference(
-    kind: type[Tied], p: int, optimizer: str, accumulate: int = 1, extra_in_flight: int = 0, versions: str = "stash"
+    kind: type[Tied],
+    p: int,
+    optimizer: str,
+    accumulate: int = 1,
+    extra_in_flight: int = 0,
+    versions: str = "stash",
+    devices: int | None = None,
 ) -> None:
     module = partial(kind, optimizer)
     seen = fit_in_pipeline(
         p,
         module,
         partial(noise_loader, shuffle=True),
+        devices=devices,
         strategy={"split_points": STARTS[p], "extra_in_flight": extra_in_flight, "versions": versions},
         max_epochs=EPOCHS,
         accumulate_grad_batches=accumulate,
@@ -98,6 +105,24 @@ def test_a_copy_and_its_owner_follow_the_same_policy(versions: str, accumulate: 
 def test_ties_between_all_pairs(p: int) -> None:
     """Where all stages wait for each other at the end, too."""
     require_equal_to_reference(TiedThrice, p, "adamw")
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "accumulate", "extra", "versions"),
+    [
+        (TiedThrice, 1, 1, 0, "stash"),
+        (TiedThrice, 2, 1, 0, "stash"),
+        (TiedThrice, 1, 3, 0, "stash"),
+        (Tied, 1, 1, 2, "stash"),
+        (TiedThrice, 1, 1, 0, "latest"),
+        (TiedThrice, 1, 1, 0, "vertical"),
+    ],
+)
+def test_stages_of_one_process_are_tied_as_those_of_several(
+    kind: type[Tied], devices: int, accumulate: int, extra: int, versions: str
+) -> None:
+    """On two, some ties are within a process and some between both."""
+    require_equal_to_reference(kind, 4, "sgd", accumulate, extra, versions, devices)
 
 
 class Copies(pl.Callback):
