@@ -217,3 +217,8 @@ def test_split_backwards_are_rehearsed_too() -> None:
     whole, *split = (fit_on(devices, strategy=each) for devices, each in ((1, {}), (2, strategy), (1, strategy)))
     for rehearsed in split:
         require_same(rehearsed, whole)
+
+
+def test_words_about_a_rank_name_all_its_stages() -> None:
+    strategy = ContinuousPipeStrategy(num_stages=4, parallel_devices=[torch.device("cpu")] * 2)
+    assert [strategy.named_stages_of(rank) for rank in range(2)] == ["2-3", "0-1"]
