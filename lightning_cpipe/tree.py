@@ -6,17 +6,20 @@ Lists, tuples, named tuples, dicts, dataclasses and whatever is registered with 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_cpipe.torch_private import pytree
+
+Content = TypeVar("Content")
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,13 @@ def flatten(tree: Any, closed: tuple[type, ...] = ()) -> tuple[list[Any], Struct
 
 
 _ONE_LEAF = Structure(pytree.tree_structure(0), ())
+
+
+def copied(tree: Content) -> Content:
+    """A deep copy, of a tensor that is a part of another one without the rest of it."""
+    tensors = tensors_in(tree)
+    memo: dict[int, Any] = {id(each): each.detach().clone().requires_grad_(each.requires_grad) for each in tensors}
+    return copy.deepcopy(tree, memo)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_cpipe.tree import (
     Template,
     TensorSpec,
+    copied,
     flatten,
     map_tensors,
     signature,
@@ -226,3 +227,16 @@ def test_signatures_leave_out_the_numbers(batch: Any) -> None:
 def test_signatures_leave_out_numbers_and_texts() -> None:
     assert signature({"x": X, "names": ["a", "b"], "n": 1}) == signature({"x": X, "names": ["c", "d"], "n": 2})
     assert signature({"names": ["a", "b"]}) != signature({"names": ["a"]})
+
+
+def test_a_copy_of_a_part_has_no_more_than_the_part() -> None:
+    """A deep copy of a slice holds all that it was sliced from."""
+    whole = torch.arange(1000.0)
+    part = whole[10:12]
+    again, same, names = copied(({"x": part}, part, ["a"]))
+    assert again["x"] is same
+    assert torch.equal(same, part)
+    assert same.untyped_storage().nbytes() == 8
+    assert names == ["a"]
+    same.zero_()
+    assert whole[10] == 10

@@ -63,7 +63,8 @@ class IdleMonitor(pl.Callback):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if strategy.root_device.type == "cpu" and cores < strategy.num_processes:
             rank_zero_info(
-                f"IdleMonitor: {strategy.num_processes} stages share {cores} cores, so idle includes waiting for one."
+                f"IdleMonitor: {strategy.num_processes} processes share {cores} cores, so idle includes waiting for"
+                " one."
             )
         if trainer.is_global_zero:
             blank = {stage: StageFigures() for stage in range(strategy.num_stages)}
@@ -119,7 +120,9 @@ class IdleMonitor(pl.Callback):
                 means[name].update(ratio)
             numbers[f"stage{stage}/delay_updates"] = now.delay
             numbers[f"stage{stage}/delay_promised_updates"] = strategy.promised_delay(stage)
-        numbers |= {f"pipe/{name}": float(mean.compute()) for name, mean in means.items()}
+        # The stages of one rank wait in its one time.
+        per_rank = strategy.schedule.stages_per_rank
+        numbers |= {f"pipe/{name}": per_rank * float(mean.compute()) for name, mean in means.items()}
         done = figures[max(figures)].backwards
         numbers["pipe/idle_ratio_predicted"] = strategy.promised_idle_ratio(done, drained=drained)
         numbers["pipe/evaluation_s"] = max(each.seconds(EVALUATION) for each in figures.values())

@@ -40,8 +40,8 @@ _OVER = Action(Kind.UPDATE, -1)
 def room_on_lanes(lag: int) -> int:
     """How many messages may be on their way on a lane before its sender waits: what the plan asks for, and some more.
 
-    A stage sends for at most ``lag + 1`` mini-batches that the next one has not finished, and posts two ahead; the rest
-    is for evaluations, whose first stage nothing else holds back.
+    A stage that streams sends for at most ``lag + 1`` mini-batches that the next one has not finished, and
+    posts two ahead; the rest is for evaluations, whose first stage nothing else holds back.
     """
     return lag + 1 + POSTED_AHEAD + 3
 

@@ -19,9 +19,9 @@ class Kind(str, Enum):
     """What an action does. "Roughly" lines are pseudo-code for stage s and mini-batch j."""
 
     FORWARD = "F"
-    """Roughly: ``y[j] = stage(x[j])``, with the newest weights."""
+    """Roughly: ``y[j] = stage(x[j])``, with the weights that the version policy says."""
     BACKWARD = "B"
-    """Roughly: ``gx[j] = d stage(x[j]) . gy[j]``, with the weights that the forward used."""
+    """Roughly: ``gx[j] = d stage(x[j]) . gy[j]``, with the weights of the forward, as a rule."""
     INPUT_GRADIENT = "I"
     """Roughly: ``gx[j] = d stage(x[j]) . gy[j]``: the half of a backward that the stage before waits for."""
     WEIGHT_GRADIENT = "W"

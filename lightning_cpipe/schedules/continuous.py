@@ -175,11 +175,11 @@ class Continuous(Schedule):
         As long as the first stage has mini-batches to forward, only the fill's, of the ``2 N + p - 1`` slots so far:
         when the fill has ended, ``p - 1`` on each stage, and half as many on average with extra in flight. Of a whole
         run, which also waits in the drain, `slot_exact_ratio`, whatever is in flight; and so where a rank holds
-        several stages, as if the run ended now.
+        several stages, or backwards are split, as if the run ended now.
         """
         if not num_batches:
             return 0.0
-        if drained or self.stages_per_rank > 1:
+        if drained or self.stages_per_rank > 1 or self.early_input_gradient:
             return self.slot_exact_ratio(num_stages, num_batches)
         idle = sum(self.idle_slots_so_far(stage, num_stages, num_batches) for stage in range(num_stages))
         return idle / (num_stages * (2 * num_batches + num_stages - 1))

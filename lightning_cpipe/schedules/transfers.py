@@ -64,9 +64,11 @@ def rows_with_transfers(
         posted_ahead: how many receives of activations are posted before they are needed.
     """
     rows, to_forward, to_backward = tee(rows, 3)
-    to_post = _batches(to_forward, stage, Kind.FORWARD)
+    to_post = iter(()) if first else _batches(to_forward, stage, Kind.FORWARD)
     # All stages run their backwards in the same order.
-    to_post_back = _batches(to_backward, stage, *GRADIENT_LEAVES)
+    to_post_back = iter(()) if last else _batches(to_backward, stage, *GRADIENT_LEAVES)
+    # Rows are kept for whoever may still read them.
+    del to_forward, to_backward
     posted = forwarded = 0
     waiting: set[int] = set()
     back: int | None = None

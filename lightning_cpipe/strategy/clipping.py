@@ -27,16 +27,18 @@ def clip_by_whole_norm(whole: Whole, control: Control, optimizer: Optimizer, cli
         optimizer: this rank's part of it.
         clip_val: the largest norm.
     """
-    gradients = [(place, each.grad) for place, each in whole.placed(optimizer) if each.grad is not None]
-    own = [(place, torch.linalg.vector_norm(gradient).cpu()) for place, gradient in gradients]
-    everyones = [norm for stage in control.compare(own) for norm in stage]
-    if not everyones:
+    placed = [(place, each.grad) for place, each in whole.placed(optimizer) if each.grad is not None]
+    gradients = [gradient for _, gradient in placed]
+    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+    # One wait for the device, however many they are.
+    own = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu() if norms else torch.zeros(0)
+    everyones = control.compare(([place for place, _ in placed], own))
+    if not any(places for places, _ in everyones):
         return
-    norms = [norm for _, norm in sorted(everyones, key=lambda placed: placed[0])]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    # As torch has it: without a look at the number, which would wait for the device.
+    by_place = sorted((place, norm) for places, found in everyones for place, norm in zip(places, found.unbind()))
+    total = torch.linalg.vector_norm(torch.stack([norm for _, norm in by_place]))
     share = torch.clamp(clip_val / (total + 1e-6), max=1.0)
-    for _, gradient in gradients:
+    for gradient in gradients:
         gradient.mul_(share.to(gradient.device))
 
 

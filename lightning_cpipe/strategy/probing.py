@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredi
 from lightning_cpipe.strategy.micro_batches import micro_batches
 from lightning_cpipe.strategy.refusals import refuse_broadcast
 from lightning_cpipe.strategy.step_names import STEPS
-from lightning_cpipe.tree import flatten, signature
+from lightning_cpipe.tree import copied, flatten, signature
 
 
 def training_probe_step(
@@ -229,7 +228,7 @@ def run_unheard(module: pl.LightningModule, name: str, arguments: tuple[Any, ...
         if name != "training_step":
             module.eval()
         # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
-        return getattr(module, name)(*copy.deepcopy(arguments)), logged
+        return getattr(module, name)(*copied(arguments)), logged
 
 
 def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:

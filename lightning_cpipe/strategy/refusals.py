@@ -82,7 +82,7 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
     elif asked.num_microbatches != 1 and not flushes:
         yield (
             f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches. Leave it"
-            " out, or set schedule='1f1b' or 'gpipe', which slice them."
+            " out, or set schedule='1f1b', 'gpipe' or 'zb', which slice them."
         )
     if asked.versions not in POLICIES:
         yield f"versions={asked.versions!r}: there is none of that name; there are {', '.join(map(repr, POLICIES))}."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,9 +30,7 @@ from lightning_cpipe.strategy.loops import at_its_own_time, fetcher_of
 from lightning_cpipe.strategy.micro_batches import MicroBatch, MicroBatches
 from lightning_cpipe.strategy.one_step import OneStep
 from lightning_cpipe.strategy.stage_run import StageRun
-from lightning_cpipe.tree import TemplateTable
-
-Content = TypeVar("Content")
+from lightning_cpipe.tree import Content, TemplateTable, copied
 
 
 class Steps:
@@ -143,6 +140,8 @@ class Steps:
 
         self._run.training.last.of_loss = of_loss if self._run.has_last else None
         self._run.training.backward(self._at.number)
+        # It holds the loss, and with it whatever its graph keeps.
+        self._run.training.last.of_loss = None
         if sliced and self._run.has_last:
             self._one_step.end()
 
@@ -187,7 +186,7 @@ class Steps:
 
         The last one has the batch that the loop's hooks see.
         """
-        return batch if stage == self._run.stages[-1] else copy.deepcopy(batch)
+        return batch if stage == self._run.stages[-1] else copied(batch)
 
     def _where_it_belongs(self, stage: int) -> AbstractContextManager[None]:
         """A stage's step runs inside, as if each stage had a rank."""

@@ -113,7 +113,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
         memory_limit: what each stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
-            bytes. None for as much as it takes.
+            bytes. None for as much as it takes. A device that holds several stages may need as much for each.
         versions: which weights a mini-batch uses on a stage. ``stash``: the newest at its forward, in the backward
             too. ``latest``: the newest at each, so no copies, and biased gradients. ``vertical``: on all stages those
             that stage 0 had at its forward. ``2bw``: those before the newest, on all stages; it takes
@@ -456,7 +456,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if flushes and fitting and whole is not None:
             clip = partial(clip_by_whole_norm, whole, self.processes.control)
             undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
-        elif len(self.stages) > 1:
+        elif fitting and len(self.stages) > 1:
             undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
@@ -743,9 +743,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
             num_batches: mini-batches that the last stage has backwarded; of a flush schedule each is alike.
             drained: whether the run has ended.
         """
-        if isinstance(self._schedule, Continuous):
-            return self._schedule.idle_ratio(self.num_stages, num_batches, drained=drained)
-        return self._schedule.slot_exact_ratio(self.num_stages, self._options.num_microbatches)
+        schedule = self.schedule
+        if isinstance(schedule, Continuous):
+            return schedule.idle_ratio(self.num_stages, num_batches, drained=drained)
+        return schedule.slot_exact_ratio(self.num_stages, self._options.num_microbatches)
 
     @property
     def forward_flops(self) -> int:

@@ -14,6 +14,7 @@ from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor
 from lightning_cpipe.callbacks.idle_monitor import TABLE_ROWS, timeline_rows
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import EVALUATION, FORWARD, KINDS, OTHER, WAIT_GRADIENT, Span
+from lightning_cpipe.schedules import Continuous
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.table import Table
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline
@@ -119,7 +120,8 @@ def figures_of(backwards: int, elapsed: int, idle: int, evaluation: int = 0) -> 
 def logged(*moments: dict[int, StageFigures]) -> list[dict[str, float]]:
     """What the monitor makes of these figures of all stages."""
     notes, monitor = Notes(), IdleMonitor(every_n_steps=1)
-    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, promised_delay=lambda stage: 1 - stage)
+    delays = {"promised_delay": lambda stage: 1 - stage}
+    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, schedule=Continuous(), **delays)
     trainer = Mock(strategy=strategy, loggers=[notes], is_global_zero=True, global_step=0)
     trainer.fit_loop.total_batch_idx = 0
     for moment in moments:

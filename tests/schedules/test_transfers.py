@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import weakref
+from collections.abc import Iterator
 
 import pytest
 
 from lightning_cpipe.schedules import Continuous, GPipe, OneFOneB, Schedule, ZeroBubble
-from lightning_cpipe.schedules.action import Kind, format_row
+from lightning_cpipe.schedules.action import Action, Kind, Row, format_row
 from lightning_cpipe.schedules.plan import Plan
-from lightning_cpipe.schedules.transfers import POSTED_AHEAD, with_transfers
+from lightning_cpipe.schedules.transfers import POSTED_AHEAD, rows_with_transfers, with_transfers
 
 COMPUTATION = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRADIENT, Kind.WEIGHT_GRADIENT, Kind.UPDATE)
 
@@ -141,3 +144,21 @@ def test_activations_are_posted_as_far_ahead_as_the_data_goes_and_no_further(sch
                 posted += 1
             elif action.kind is Kind.RECV_FORWARD:
                 assert posted == min(action.batch + ahead + 1, n)
+
+
+@pytest.mark.parametrize(("first", "last"), [(True, True), (True, False), (False, True), (False, False)])
+def test_rows_that_were_read_are_let_go(first: bool, last: bool) -> None:
+    """Where nothing is received, an iterator that nobody advanced kept every row of the run."""
+    rows = Continuous().rows(0, 1, sys.maxsize // 2)
+    made: list[weakref.ref[Action]] = []
+
+    def noted() -> Iterator[Row]:
+        for row in rows:
+            made.extend(weakref.ref(action) for action in row)
+            yield row
+
+    lowered = rows_with_transfers(noted(), first=first, last=last)
+    for _ in itertools.islice(lowered, 2000):
+        pass
+    # `tee` lets go of them by the dozen.
+    assert sum(each() is not None for each in made) < 400 < len(made)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.fits import alone, in_pipeline, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 EVALUATIONS = {
     "whole": {},
@@ -203,3 +205,9 @@ def test_there_may_be_nothing_to_evaluate(p: int) -> None:
     assert plain[-1] == ["test_loss"]
     for found in in_pipeline(p, nothing_to_run):
         assert found == plain
+
+
+def test_there_may_be_nothing_to_evaluate_on_several_stages_of_one_process() -> None:
+    """It had no stage to clip for, and asked where the weights were."""
+    (found,) = run_ranks(lambda _: nothing_to_run(strategy=ContinuousPipeStrategy(num_stages=4), devices=1), 1)
+    assert found == alone(nothing_to_run)

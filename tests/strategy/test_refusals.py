@@ -44,7 +44,7 @@ OPTIONS = [
         ["early_input_gradient=True", "there are 'continuous'"],
         False,
     ),
-    ({"num_microbatches": 4}, ["num_microbatches=4", "whole mini-batches", "schedule='1f1b' or 'gpipe'"], False),
+    ({"num_microbatches": 4}, ["num_microbatches=4", "whole mini-batches", "schedule='1f1b', 'gpipe' or 'zb'"], False),
     ({"schedule": "1f1b", "num_microbatches": 0}, ["num_microbatches=0", "the least is 1"], False),
     ({"schedule": "gpipe", "versions": "latest"}, ["versions='latest'", "'gpipe'", "Leave it out"], False),
     ({"schedule": "1f1b", "extra_in_flight": 1}, ["extra_in_flight=1", "'1f1b'", "Leave it out"], False),
