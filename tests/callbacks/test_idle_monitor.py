@@ -14,7 +14,6 @@ from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor
 from lightning_cpipe.callbacks.idle_monitor import TABLE_ROWS, timeline_rows
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import EVALUATION, FORWARD, KINDS, OTHER, WAIT_GRADIENT, Span
-from lightning_cpipe.schedules import Continuous
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.table import Table
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline
