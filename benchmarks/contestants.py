@@ -19,6 +19,12 @@ from torch.distributed import pipelining
 from benchmarks.workloads import Regression, loader, repeated
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.engine.timeline import KINDS
+from lightning_cpipe.schedules import Continuous, Given, GPipe, OneFOneB, Schedule
+from lightning_cpipe.schedules.comparison import Cost
+from lightning_cpipe.schedules.exchange import read_csv
+
+TWO_PARTS_PER_RANK = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules of torch in which a rank holds two parts of the model: from the front, and from the end."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,28 @@ class Work:
         return [self.block() for _ in range(self.blocks)]
 
 
+@dataclass(frozen=True)
+class Price:
+    """What a contestant's plan costs besides time.
+
+    Attributes:
+        kept: mini-batches whose forwards the fullest rank keeps for their backwards, at most.
+        versions: of its weights that each stage needs at once.
+        delay: updates by which each stage's gradients are late.
+    """
+
+    kept: float = 1.0
+    versions: str = "1"
+    delay: str = "0"
+
+    @classmethod
+    def of(cls, schedule: Schedule, ranks: int, batches: int, micro_batches: int) -> Price:
+        """Count it on the plan for so many batches; for a flush schedule these are the micro-batches of one."""
+        cost = Cost.of("", schedule, ranks, batches)
+        _, versions, delay = cost.per_stage.words()
+        return cls(cost.kept / micro_batches, versions, delay)
+
+
 @dataclass
 class Outcome:
     """What one rank says.
@@ -51,13 +79,16 @@ class Outcome:
         ends: when each step ended, in seconds on the machine's clock.
         begin: when the first one began.
         seconds: spent on each kind of thing, where the contestant measures it.
-        steady_idle: share of the steady state that was idle, likewise.
+        steady_idle: measured share of the steady state in which it waited for a neighbour; None where it has none, or
+            none that can be told.
+        price: of the whole contestant; by default that of training without a pipeline.
     """
 
     ends: list[float]
     begin: float
     seconds: dict[str, float] = field(default_factory=dict)
     steady_idle: float | None = None
+    price: Price = Price()
 
 
 class _Ends(pl.Callback):
@@ -75,10 +106,12 @@ class _Ends(pl.Callback):
         strategy = trainer.strategy
         if isinstance(strategy, ContinuousPipeStrategy):
             figures = strategy.stage_run.training.last.news.books.figures()
-            if len(self.ends) == strategy.num_stages + 1:
+            schedule = strategy.schedule
+            fill = schedule.lag(0, strategy.num_stages) if isinstance(schedule, Continuous) else 0
+            if len(self.ends) == fill + 2:
                 self._at_fill = figures
             # The drain begins when the first stage has no more forwards to run.
-            if len(self.ends) == trainer.max_steps - strategy.num_stages:
+            if len(self.ends) == trainer.max_steps - fill - 1:
                 steady = figures.since(self._at_fill)
                 self.outcome = Outcome([], self.begin, steady_idle=steady.idle_s / (steady.elapsed_ns / 1e9))
 
@@ -92,17 +125,22 @@ class _Ends(pl.Callback):
         self.outcome = outcome
 
 
-def ours(work: Work, rank: int, ranks: int, extra_in_flight: int = 0) -> Outcome:
-    """ContinuousPipe inside Lightning's Trainer."""
-    strategy = ContinuousPipeStrategy(extra_in_flight=extra_in_flight, check="fills")
-    return _trained(work, ranks, strategy, work.shape)
+def ours(work: Work, rank: int, ranks: int, num_microbatches: int = 1, **options: Any) -> Outcome:
+    """ContinuousPipe inside Lightning's Trainer, with options of the strategy."""
+    strategy = ContinuousPipeStrategy(num_microbatches=num_microbatches, check="fills", **options)
+    outcome = _trained(work, ranks, strategy, work.shape)
+    batches = work.batches if isinstance(strategy.schedule, Continuous) else num_microbatches
+    outcome.price = Price.of(strategy.schedule, ranks, batches, num_microbatches)
+    return outcome
 
 
 def lightning_ddp(work: Work, rank: int, ranks: int) -> Outcome:
     """Lightning's DDP: each rank takes its share of the samples."""
     samples, *rest = work.shape
     strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
-    return _trained(work, ranks, strategy, (samples // ranks, *rest))
+    outcome = _trained(work, ranks, strategy, (samples // ranks, *rest))
+    outcome.price = Price(kept=1 / ranks)
+    return outcome
 
 
 def lightning_alone(work: Work, rank: int, ranks: int) -> Outcome:
@@ -146,7 +184,15 @@ def plain_loop(work: Work, rank: int, ranks: int) -> Outcome:
 
 
 def torch_schedule(work: Work, rank: int, ranks: int, name: str, micro_batches: int) -> Outcome:
-    """A schedule of `torch.distributed.pipelining`, with an update after each mini-batch."""
+    """A schedule of `torch.distributed.pipelining`, with an update after each mini-batch.
+
+    Args:
+        work: what to train.
+        rank: here, that of the first stage is 0.
+        ranks: as many stages, or twice as many where `name` is of `TWO_PARTS_PER_RANK`.
+        name: of the schedule's class.
+        micro_batches: per mini-batch.
+    """
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     try:
@@ -159,11 +205,11 @@ def torch_schedule(work: Work, rank: int, ranks: int, name: str, micro_batches: 
 def _scheduled(work: Work, rank: int, ranks: int, name: str, micro_batches: int) -> Outcome:
     cls = pipelining.schedules.get_schedule_class(name)
     several = issubclass(cls, pipelining.schedules.PipelineScheduleMulti)
-    num_stages = 2 * ranks if several else ranks
+    shaped_as_v = name in TWO_PARTS_PER_RANK
+    num_stages = 2 * ranks if shaped_as_v else ranks
     per_stage = max(1, work.blocks // num_stages)
     blocks = work.chain()
-    shaped_as_v = name in ("ZBVZeroBubble", "DualPipeV")
-    mine = [rank] if not several else [rank, 2 * ranks - 1 - rank] if shaped_as_v else [rank, rank + ranks]
+    mine = [rank, 2 * ranks - 1 - rank] if shaped_as_v else [rank]
     modules = [nn.Sequential(*blocks[s * per_stage : (s + 1) * per_stage]) for s in mine]
     stages = [pipelining.PipelineStage(module, s, num_stages, torch.device("cpu")) for module, s in zip(modules, mine)]
     schedule = cls(stages if several else stages[0], micro_batches, loss_fn=nn.functional.mse_loss)
@@ -171,14 +217,51 @@ def _scheduled(work: Work, rank: int, ranks: int, name: str, micro_batches: int)
     first, last = 0 in mine, num_stages - 1 in mine
     ends = []
     begin = 0.0
+    waits = _Waits()
     for number, (x, y) in enumerate(repeated(work.shape, work.batches + 1)):
         # The first step agrees on shapes; it does not count.
         if number == 1:
-            begin = time.perf_counter()
+            begin, waits.seconds = time.perf_counter(), 0.0
         optimizer.zero_grad()
         inputs = (x,) if first else ()
-        schedule.step(*inputs, **({"target": y, "losses": []} if last else {}))
+        with waits:
+            schedule.step(*inputs, **({"target": y, "losses": []} if last else {}))
         optimizer.step()
         if number:
             ends.append(time.perf_counter())
-    return Outcome(ends, begin)
+    price = Price.of(_plan_of(schedule), ranks, micro_batches, micro_batches)
+    return Outcome(ends, begin, steady_idle=waits.seconds / (ends[-1] - begin), price=price)
+
+
+class _Waits:
+    """Inside, the time that this rank waits for messages to arrive or to be sent is added up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._wait = dist.Work.wait
+
+    def __enter__(self) -> None:
+        wait = self._wait
+
+        def timed(work: dist.Work, *args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return wait(work, *args)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        dist.Work.wait = timed
+
+    def __exit__(self, *_: Any) -> None:
+        dist.Work.wait = self._wait
+
+
+def _plan_of(schedule: Any) -> Schedule:
+    """One of torch's schedules as one of ours: the same, or the plan that it tells."""
+    if isinstance(schedule, pipelining.ScheduleGPipe):
+        return GPipe()
+    if isinstance(schedule, pipelining.Schedule1F1B):
+        return OneFOneB()
+    lines = ([str(action or "") for action in actions] for _, actions in sorted(schedule.pipeline_order.items()))
+    plan = read_csv("\n".join(map(",".join, lines)))
+    return Given(plan, stages_per_rank=len(plan.held[0]))

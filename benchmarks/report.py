@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+Contestants = Mapping[str, Mapping[str, float | str]]
+
+COLUMNS = {
+    "ms_per_mini_batch": ("ms per mini-batch", ".1f"),
+    "steps_per_s": ("steps/s", ".2f"),
+    "idle_or_overhead_share": ("idle or overhead", ".1%"),
+    "ours_times_faster": ("ours is faster by", ".2f"),
+    "steady_wait_share": ("waits", ".1%"),
+    "kept_mini_batches": ("kept", "g"),
+    "versions": ("versions", ""),
+    "delay": ("delay", ""),
+}
+"""Head and form of each figure; one that no contestant of a result has is left out."""
 
 
 def report(results: Mapping[str, Any]) -> Iterator[str]:
@@ -24,22 +38,12 @@ def report(results: Mapping[str, Any]) -> Iterator[str]:
             "",
         )
         yield from _ranking(part["contestants"])
-        waits = ", ".join(f"stage {s} {share:.1%}" for s, share in part["steady_wait_share_by_stage"].items())
-        yield from (
-            "",
-            f"Waiting for a neighbour in the steady state: {waits}; mean {part['steady_wait_share_mean']:.1%}."
-            f" {part['ours_times_faster_than_best_torch_schedule']:.2f} times as fast as the best torch schedule of"
-            " each round.",
-        )
+        yield from _below(_said_of_real(part))
     if "runs_40_80_ms_256_kb" in results:
         for p, part in results["runs_40_80_ms_256_kb"]["stages"].items():
             yield from ("", f"Stages that sleep 40 and 80 ms, {p} stages:", "")
             yield from _ranking(part["contestants"])
-            yield from (
-                "",
-                f"Idle slots of a whole run of 24 mini-batches: {part['idle_slots_of_run']:.1f}"
-                f" (ideal {part['ideal_idle_slots']}).",
-            )
+            yield from _below(_said_of_run(part))
     if "periods_10_20_ms_64_kb" in results:
         part = results["periods_10_20_ms_64_kb"]
         over = ", ".join(f"p={p} {ms:.2f} ms" for p, ms in part["over_p1_ms"].items())
@@ -50,14 +54,41 @@ def report(results: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _ranking(contestants: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    yield "| | ms per mini-batch | steps/s | idle or overhead | ours is faster by |"
-    yield "|---|---|---|---|---|"
+def _ranking(contestants: Contestants) -> Iterator[str]:
+    shown = [key for key in COLUMNS if any(key in found for found in contestants.values())]
+    yield f"| | {' | '.join(COLUMNS[key][0] for key in shown)} |"
+    yield "|---" * (1 + len(shown)) + "|"
     for name, found in sorted(contestants.items(), key=lambda item: item[1]["ms_per_mini_batch"]):
-        yield (
-            f"| {name} | {found['ms_per_mini_batch']:.1f} | {found['steps_per_s']:.2f}"
-            f" | {found['idle_or_overhead_share']:.1%} | {found['ours_times_faster']:.2f} |"
-        )
+        cells = [format(found[key], COLUMNS[key][1]) if key in found else "–" for key in shown]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _below(sentences: Iterable[str]) -> Iterator[str]:
+    if said := " ".join(sentences):
+        yield from ("", said)
+
+
+def _said_of_real(part: Mapping[str, Any]) -> Iterator[str]:
+    if "steady_wait_share_by_stage" in part:
+        waits = ", ".join(f"stage {s} {share:.1%}" for s, share in part["steady_wait_share_by_stage"].items())
+        yield f"Waiting for a neighbour in the steady state: {waits}; mean {part['steady_wait_share_mean']:.1%}."
+    if "ours_times_faster_than_best_torch_schedule" in part:
+        times = part["ours_times_faster_than_best_torch_schedule"]
+        yield f"{times:.2f} times as fast as the best torch schedule of each round."
+    yield from _said_of_same_schedules(part)
+
+
+def _said_of_run(part: Mapping[str, Any]) -> Iterator[str]:
+    if "idle_slots_of_run" in part:
+        idle, ideal = part["idle_slots_of_run"], part["ideal_idle_slots"]
+        yield f"Idle slots of a whole run of 24 mini-batches: {idle:.1f} (ideal {ideal})."
+    yield from _said_of_same_schedules(part)
+
+
+def _said_of_same_schedules(part: Mapping[str, Any]) -> Iterator[str]:
+    if found := part.get("ours_over_torch_by_schedule"):
+        ratios = ", ".join(f"{schedule} {ratio:.3f}" for schedule, ratio in found.items())
+        yield f"Our time over torch's for the same schedule: {ratios}."
 
 
 def main() -> None:

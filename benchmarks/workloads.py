@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,18 +24,6 @@ class TransformerBlock(nn.Module):
         """One layer further."""
         # A view can't be the output of a stage in torch's zero-bubble schedules.
         return self.layer(x) + 0.0
-
-
-class _SleepInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        return x + 0.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _busy(ctx.seconds)
-        return grad + 0.0, None
 
 
 class SleepingBlock(nn.Module):
@@ -62,9 +49,16 @@ class SleepingBlock(nn.Module):
         _busy(samples * self.forward_s)
         # The first stage's input needs no gradient; all stages take the same time all the same.
         for_input = samples * self.backward_s / 2 if x.requires_grad else 0.0
-        through: Tensor = _SleepInBackward.apply(x, for_input)
-        beside: Tensor = _SleepInBackward.apply(self.weight, samples * self.backward_s - for_input)
-        return through + beside
+        beside = samples * self.backward_s - for_input
+        return _slow_in_backward(x, for_input) + _slow_in_backward(self.weight, beside)
+
+
+def _slow_in_backward(x: Tensor, seconds: float) -> Tensor:
+    """`x`, whose gradient takes so long. A hook, since a graph with functions written in Python is not split."""
+    same = x + 0.0
+    if same.requires_grad:
+        same.register_hook(lambda _: _busy(seconds))
+    return same
 
 
 def _busy(seconds: float) -> None:
