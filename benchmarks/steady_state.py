@@ -75,7 +75,7 @@ CONTESTANTS = (
 )
 """Whom `--only` may name."""
 
-REAL_BATCHES = 20
+REAL_BATCHES = 18
 """Mini-batches of each run of the real blocks."""
 
 Race = dict[str, Callable[[], list[Outcome]]]
@@ -283,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=["periods", "runs", "real"], default=["periods", "runs", "real"])
-    parser.add_argument("--stages", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--stages", nargs="+", type=int, default=[2, 8])
     parser.add_argument(
         "--only",
         nargs="+",
