@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
+from benchmarks.quiet import run_quietly
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.demos.char_gpt import CharData, CharGPT
 
@@ -61,8 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
+    run_quietly()
     contestants: dict[str, dict[str, Any]] = {
         "4 stages, versions='stash'": {"num_stages": 4},
         "4 stages, versions='latest'": {"num_stages": 4, "versions": "latest"},

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import logging
 import os
 import platform
 import shlex
 import statistics
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ from benchmarks.contestants import (
     plain_loop,
     torch_schedule,
 )
+from benchmarks.quiet import run_quietly
 from benchmarks.workloads import SleepingBlock, TransformerBlock
 from tests.helpers.ranks import run_ranks
 
@@ -294,10 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    run_quietly()
     stages, only = tuple(asked.stages), tuple(asked.only)
     results: dict[str, Any] = {
         "command": "python -m benchmarks.steady_state " + shlex.join(sys.argv[1:]),
