@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import ClassVar
 
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.schedules.action import Kind, Row
+from lightning_cpipe.schedules.action import Action, Kind, Row
 from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.exchange import read_csv
+from lightning_cpipe.schedules.one_step import not_one_step
 from lightning_cpipe.schedules.plan import Held, Plan
 from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
@@ -23,13 +25,16 @@ class Given(Schedule):
     """A plan that somebody else wrote. It promises what it does: all is counted by walking it.
 
     Attributes:
-        given: the plan.
+        given: the plan. How many stages each rank holds is said there.
     """
 
     given: Plan
 
     name: ClassVar[str] = "given"
     unit: ClassVar[str] = "batch"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages_per_rank", max(map(len, self.given.held)))
 
     @classmethod
     def read(cls, path: str | Path) -> Given:
@@ -53,6 +58,11 @@ class Given(Schedule):
         """How many batches the plan is for."""
         return len(self.given.batches(0, Kind.FORWARD))
 
+    @cached_property
+    def is_one_step(self) -> bool:
+        """Whether the plan is one optimizer step, as those of flush schedules are."""
+        return not not_one_step(self.given)
+
     def plan(self, num_stages: int, num_batches: int) -> Plan:
         """The plan as it is.
 
@@ -70,6 +80,20 @@ class Given(Schedule):
         """As in the plan."""
         return self.given.held
 
+    def rank_rows(self, stages: Sequence[int], num_stages: int, num_batches: int) -> Iterator[Row]:
+        """The rows of a rank; for fewer batches than the plan's, without the actions of those that are not there.
+
+        What is left keeps its order, so it can't lock where the whole plan does not.
+        """
+        for row in self.given.rows[self.given.line_of[stages[0]]]:
+            left = (self._left(action, num_batches) for action in row)
+            yield tuple(action for action in left if action is not None)
+
+    def _left(self, action: Action, num_batches: int) -> Action | None:
+        if action.batch < num_batches:
+            return action
+        return Action(Kind.UPDATE, num_batches - 1, action.stage) if action.kind is Kind.UPDATE else None
+
     def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
         """One action per row."""
         return ((action,) for action in self.plan(num_stages, num_batches).actions(stage))
@@ -79,7 +103,9 @@ class Given(Schedule):
         return most_in_flight(self.given, stage)
 
     def chosen_at(self, stage: int, num_stages: int, batch: int, window_start: int) -> int:
-        """As counted: the backwards before the forward of `batch`."""
+        """As counted: the backwards before the forward of `batch`. In one optimizer step, all use the same version."""
+        if self.is_one_step:
+            return 0
         actions = self.given.actions(stage)
         before = takewhile(lambda action: (action.kind, action.batch) != (Kind.FORWARD, batch), actions)
         return sum(action.kind.frees for action in before)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_cpipe.probe.probe import Check
+from lightning_cpipe.schedules.schedule import Schedule
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -16,7 +17,7 @@ class Options:
 
     num_stages: int | Literal["auto"] = "auto"
     data_parallel_size: int = 1
-    schedule: str = "continuous"
+    schedule: str | Schedule = "continuous"
     num_microbatches: int = 1
     split_points: list[str] | str = "auto"
     memory_limit: str | int | None = None

@@ -14,20 +14,24 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lightning_cpipe.balance.memory import bytes_of
+from lightning_cpipe.errors import PlanError
 from lightning_cpipe.probe.probe import Check
-from lightning_cpipe.schedules import SCHEDULES
+from lightning_cpipe.schedules import SCHEDULES, Given
+from lightning_cpipe.schedules.check import Fault, check
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.schedules.flushed import Flushed
+from lightning_cpipe.schedules.one_step import not_one_step
+from lightning_cpipe.schedules.placement import in_words as stages_in_words
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
 from lightning_cpipe.strategy.options import Options
+from lightning_cpipe.strategy.scheduling import in_words, schedule_of
 from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
 
-RUN = ("continuous", "gpipe", "1f1b", "zb")
-"""The schedules that the engine runs. Every one can be drawn and checked."""
+_TOLD_FAULTS = 5
+"""So many of a plan's faults are told; one mistake makes many."""
 
 _AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
@@ -69,14 +73,12 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f" `num_stages` to a multiple of {num_ranks}, or `devices` to {asked.num_stages} or a divisor of it; with"
             " `devices=1` one process runs all stages."
         )
-    if asked.schedule not in SCHEDULES and not str(asked.schedule).endswith(".csv"):
-        yield f"schedule={asked.schedule!r}: there is none of that name; there are {', '.join(map(repr, SCHEDULES))}."
-    elif asked.schedule not in RUN:
-        yield (
-            f"schedule={asked.schedule!r}: `cpipe schedule` draws and checks it, but only"
-            f" {', '.join(map(repr, RUN))} runs for now. {LATER}"
-        )
-    flushes = issubclass(SCHEDULES.get(asked.schedule, Continuous), Flushed)
+    written = in_words(asked)
+    try:
+        flushes = not isinstance(schedule_of(asked), Continuous)
+    except PlanError as error:
+        yield f"{written}: {error}"
+        flushes = False
     if asked.num_microbatches < 1:
         yield f"num_microbatches={asked.num_microbatches}: the least is 1."
     elif asked.num_microbatches != 1 and not flushes:
@@ -88,12 +90,12 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"versions={asked.versions!r}: there is none of that name; there are {', '.join(map(repr, POLICIES))}."
     elif flushes and asked.versions != STASH.name:
         yield (
-            f"versions={asked.versions!r}: with schedule={asked.schedule!r} all micro-batches of an update use the same"
+            f"versions={asked.versions!r}: with {written} all micro-batches of an update use the same"
             " weights, and there is but one version. Leave it out."
         )
     if flushes and asked.extra_in_flight > 0:
         yield (
-            f"extra_in_flight={asked.extra_in_flight}: with schedule={asked.schedule!r} nothing of the next mini-batch"
+            f"extra_in_flight={asked.extra_in_flight}: with {written} nothing of the next mini-batch"
             " is forwarded before the update. Leave it out, or take the continuous schedule."
         )
     if asked.remedy is not None:
@@ -102,7 +104,7 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"extra_in_flight={asked.extra_in_flight}: the least is 0."
     if flushes and asked.early_input_gradient:
         yield (
-            f"early_input_gradient=True: schedule={asked.schedule!r} says itself whether backwards are split. Leave it"
+            f"early_input_gradient=True: {written} says itself whether backwards are split. Leave it"
             " out, or take schedule='zb'."
         )
     if isinstance(asked.split_points, str) and asked.split_points != "auto":
@@ -121,6 +123,43 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         )
     if asked.timeout <= 0:
         yield f"timeout={asked.timeout:g}: it is in seconds, and must be more than 0."
+
+
+def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stages: int) -> Iterator[str]:
+    """Why a pipeline of these sizes can't run the plan of a user; the schedules of this package are tested."""
+    words, m = in_words(asked), asked.num_microbatches
+    if num_stages % num_ranks:
+        return
+    # A mini-batch with fewer samples has fewer micro-batches; a given plan runs what is left of it.
+    sizes = range(1, m + 1)
+    if isinstance(schedule, Given):
+        plan, sizes = schedule.given, range(schedule.num_batches, schedule.num_batches + 1)
+        if m != schedule.num_batches:
+            yield f"num_microbatches={m}: the plan of {words} is for {schedule.num_batches} of them. Leave it out."
+        if (plan.num_stages, plan.num_ranks) != (num_stages, num_ranks):
+            yield (
+                f"{words}: the plan is for {plan.num_stages} stages on {plan.num_ranks} devices, not for {num_stages}"
+                f" on {num_ranks}. Set `num_stages` and `devices`, or write a plan of that size."
+            )
+    try:
+        apart = [held for held in schedule.held(num_stages) if held[-1] - held[0] >= len(held)]
+        if apart:
+            yield f"{words}: stages {stages_in_words(apart[0])} of one device are no neighbours. {LATER}"
+        for size in () if type(schedule) in SCHEDULES.values() else sizes:
+            if faults := _faults(schedule, num_stages, size):
+                told = "; ".join(map(str, faults[:_TOLD_FAULTS]))
+                more = f"; and {len(faults) - _TOLD_FAULTS} more" if len(faults) > _TOLD_FAULTS else ""
+                yield f"{words}: the plan for {size} micro-batches can't run: {told}{more}."
+                return
+    except PlanError as error:
+        yield f"{words}: {error}"
+
+
+def _faults(schedule: Schedule, num_stages: int, size: int) -> list[Fault]:
+    if isinstance(schedule, Given):
+        return check(schedule.given) or not_one_step(schedule.given)
+    plan = schedule.plan(num_stages, size)
+    return check(plan, schedule) or not_one_step(plan)
 
 
 def reasons_in_trainer(

@@ -28,16 +28,13 @@ from typing_extensions import override
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
-from lightning_cpipe.errors import CutError, LostNumbersError
+from lightning_cpipe.errors import CutError, LostNumbersError, PlanError
 from lightning_cpipe.probe.probe import Check, compares_gradients
-from lightning_cpipe.schedules import SCHEDULES
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.schedules.flushed import Flushed
 from lightning_cpipe.schedules.placement import in_words as stages_in_words
 from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.plan import Held
-from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap, let_tensors_into_the_heap
@@ -68,11 +65,13 @@ from lightning_cpipe.strategy.refusals import (
     reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
+    reasons_in_plan,
     reasons_in_trainer,
     refuse,
     refuse_broadcast,
 )
 from lightning_cpipe.strategy.run_at_hand import RunAtHand
+from lightning_cpipe.strategy.scheduling import schedule_of, sized
 from lightning_cpipe.strategy.sharing import share
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
@@ -101,15 +100,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
         >>> trainer = pl.Trainer(strategy="continuous_pipe", devices=4)  # doctest: +SKIP
 
     Args:
-        num_stages: stages of the pipeline; ``auto`` for one per device. A multiple of the devices lets each hold
-            several in a row, with the same numbers; with ``devices=1`` that is a rehearsal of the whole pipeline.
+        num_stages: stages of the pipeline; ``auto`` for one per device, or as many as a given plan has. A multiple of
+            the devices lets each hold several in a row, with the same numbers; with ``devices=1`` that is a rehearsal
+            of the whole pipeline.
         data_parallel_size: pipelines side by side; 1 for now.
         schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b`` and ``zb``:
             the micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it; ``zb``
-            splits backwards.
-        num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples. A batch is sliced
-            along the first dimension of its tensors, or by the module's own `split_batch(batch, num_microbatches)`,
-            which returns the slices.
+            splits backwards. Or the path of a plan of your own, as a ``.csv`` file, or an object of a subclass of
+            `lightning_cpipe.schedules.flushed.Flushed`: either is checked first.
+        num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples; a plan in a file
+            says itself for how many it is. A batch is sliced along the first dimension of its tensors, or by the
+            module's own `split_batch(batch, num_microbatches)`, which returns the slices.
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
         memory_limit: what each stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
@@ -145,7 +146,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self,
         num_stages: int | Literal["auto"] = "auto",
         data_parallel_size: int = 1,
-        schedule: Literal["continuous", "gpipe", "1f1b", "interleaved", "zb"] = "continuous",
+        schedule: str | Schedule = "continuous",
         num_microbatches: int = 1,
         split_points: list[str] | Literal["auto"] = "auto",
         memory_limit: str | int | None = None,
@@ -196,7 +197,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
             start_method=start_method,
         )
         self._num_nodes = 1
-        self._schedule = _schedule_of(self._options)
+        try:
+            self._schedule = schedule_of(self._options)
+        except PlanError:
+            # It is refused when a run begins, with whatever else is.
+            self._schedule = Continuous()
+        self._options = sized(self._options, self._schedule)
         self._seed = 0
         self._stream: Stream | None = None
         self._processes: Processes | None = None
@@ -218,7 +224,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def num_stages(self) -> int:
         """Stages of the pipeline; a rank holds one, or several."""
-        return self.num_ranks if self._options.num_stages == "auto" else self._options.num_stages
+        if self._options.num_stages == "auto":
+            return self.num_ranks * self._schedule.stages_per_rank
+        return self._options.num_stages
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -335,6 +343,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def _refuse(self, trainer: pl.Trainer, num_ranks: int, num_stages: int) -> None:
         reasons = [
             *reasons_in_options(self._options, num_ranks, self.root_device),
+            *reasons_in_plan(self._options, self.schedule, num_ranks, num_stages),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages),
             *reasons_in_accumulation(trainer, self._schedule, num_stages),
         ]
@@ -444,7 +453,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         schedule = self.schedule
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
-        lanes = self.processes.lanes(room_on_lanes(self._lag), ties)
+        ahead = self._lag if isinstance(schedule, Continuous) else self._options.num_microbatches
+        lanes = self.processes.lanes(room_on_lanes(ahead), ties)
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
         stage_run = StageRun(modules, lanes, self.timelines, self.root_device)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
@@ -452,7 +462,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         undo: list[Callable[[], None]] = []
         if self.num_stages > 1:
             undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stages)
-        flushes = isinstance(schedule, Flushed)
+        flushes = not isinstance(schedule, Continuous)
         if flushes and fitting and whole is not None:
             clip = partial(clip_by_whole_norm, whole, self.processes.control)
             undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
@@ -835,16 +845,4 @@ def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
     rank_zero_warn(
         f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
         f" memory of all weights: {why}"
-    )
-
-
-def _schedule_of(asked: Options) -> Schedule:
-    """The schedule that a user asks for. Nothing is checked yet, and what will be refused stands for the default."""
-    cls = SCHEDULES.get(asked.schedule, Continuous)
-    if issubclass(cls, Flushed):
-        return cls()
-    return Continuous(
-        extra_in_flight=max(0, asked.extra_in_flight),
-        early_input_gradient=asked.early_input_gradient,
-        versions=POLICIES.get(asked.versions, STASH),
     )

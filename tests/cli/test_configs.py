@@ -193,7 +193,7 @@ def test_a_strategy_may_be_named(capsys: pytest.CaptureFixture[str], name: str) 
     ("words", "parts"),
     [
         (["--trainer.strategy.stages=3"], ["trainer.strategy", "'stages' is not accepted"]),
-        (["--trainer.strategy.schedule=zigzag"], ["schedule", "continuous", "gpipe", "1f1b", "zigzag"]),
+        (["--trainer.strategy.versions=newest"], ["versions", "stash", "latest", "vertical", "newest"]),
         (["--trainer.strategy.num_stages=many"], ["num_stages", "many"]),
         (["--trainer.epochs=3"], ["--trainer.epochs=3"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
