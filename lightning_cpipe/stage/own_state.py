@@ -3,7 +3,7 @@
 `training_step` runs once for each stage. With a process each, a counter on the module counts the mini-batches on every
 stage's module; on one module it would count each as often as there are stages. So the attributes and buffers of what is
 neither a block nor part of one hang in the module for the last stage, and every other stage has its own, which hang
-there while it runs. Where a hook changes one, all stages go on from what it wrote.
+there while it runs, and in its backward. Where a hook changes one, all stages go on from what it wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,11 @@ _CONTAINERS = (list, dict, set, deque)
 _Place = tuple[int, str]
 """A holder of attributes or buffers, and a name in it."""
 
+_State = list[dict[str, Any]]
+"""What each holder holds."""
+
+_NOTHING = object()
+
 
 class OwnState:
     """The state of all stages of a process.
@@ -41,15 +47,17 @@ class OwnState:
 
     def __init__(self, root: nn.Module, cut: Cut, stages: Sequence[int]) -> None:
         modules = list(_between_blocks(root, cut))
-        self._holders: list[dict[str, Any]] = [each for m in modules for each in (vars(m), m._buffers)]
+        self._holders: _State = [each for m in modules for each in (vars(m), m._buffers)]
         self._last = stages[-1]
-        self._own: dict[int, dict[_Place, Any]] = {stage: {} for stage in stages[:-1]}
-        self._left: dict[_Place, _Mark] = {}
+        self._own: dict[int, _State] = {stage: [{} for _ in self._holders] for stage in stages[:-1]}
+        self._seen: _State = [{} for _ in self._holders]
         """What everybody sees, as the steps left it; what differs was changed by a hook."""
+        self._marks: dict[_Place, _Mark] = {}
+        """On what of that can be written into."""
 
     @contextmanager
     def of(self, stage: int) -> Iterator[None]:
-        """A stage's step runs inside.
+        """A stage's step, or the backward of one, runs inside.
 
         Raises:
             CutError: if it writes into something large.
@@ -57,42 +65,51 @@ class OwnState:
         if not self._own:
             yield
             return
-        seen = self._read()
-        marks = {place: _Mark.of(value) for place, value in seen.items()}
-        for place in [place for place, mark in marks.items() if mark != self._left.get(place)]:
+        for number, name in self._changed():
             for own in self._own.values():
-                own[place] = _copy(seen[place])
-        self._left = marks
+                if name in self._seen[number]:
+                    own[number][name] = _copy(self._seen[number][name])
+                else:
+                    own[number].pop(name, None)
         if stage == self._last:
             yield
-            self._left = {place: _Mark.of(value) for place, value in self._read().items()}
+            self._changed()
             return
-        self._replace(seen, self._own[stage])
+        self._hang(self._seen, self._own[stage])
         try:
             yield
         finally:
             self._own[stage] = self._read()
-            self._replace(self._own[stage], seen)
-        for place, mark in marks.items():
-            if _is_large(mark.value) and mark != _Mark.of(mark.value):
+            self._hang(self._own[stage], self._seen)
+        for (_, name), mark in self._marks.items():
+            if mark.is_large and mark.is_old:
                 raise CutError(
-                    f"the step writes into {place[1]!r}, which has more than {LARGEST} elements. With several stages on"
+                    f"the step writes into {name!r}, which has more than {LARGEST} elements. With several stages on"
                     " a device, each would need one of its own. Take as many devices as stages, or write into a copy."
                 )
 
-    def _read(self) -> dict[_Place, Any]:
-        return {
-            (number, name): value
-            for number, holder in enumerate(self._holders)
-            for name, value in holder.items()
-            if name not in _BOOKKEEPING
-        }
+    def _changed(self) -> list[_Place]:
+        """Where something else stands than when this was asked last, or something was written into what stands."""
+        before, self._seen = self._seen, self._read()
+        changed = [place for place, mark in self._marks.items() if mark.is_old]
+        for number, (old, new) in enumerate(zip(before, self._seen)):
+            changed += [(number, name) for name, value in new.items() if value is not old.get(name, _NOTHING)]
+            changed += [(number, name) for name in old.keys() - new.keys()]
+        for number, name in changed:
+            self._marks.pop((number, name), None)
+            if isinstance(value := self._seen[number].get(name), (Tensor, *_CONTAINERS)):
+                self._marks[number, name] = _Mark(value)
+        return changed
 
-    def _replace(self, before: dict[_Place, Any], after: dict[_Place, Any]) -> None:
-        for number, name in before.keys() - after.keys():
-            del self._holders[number][name]
-        for (number, name), value in after.items():
-            self._holders[number][name] = value
+    def _read(self) -> _State:
+        return [{k: value for k, value in each.items() if k not in _BOOKKEEPING} for each in self._holders]
+
+    def _hang(self, before: _State, after: _State) -> None:
+        """Put this in place of what hangs there."""
+        for holder, old, new in zip(self._holders, before, after):
+            for name in old.keys() - new.keys():
+                del holder[name]
+            holder.update(new)
 
 
 def _between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
@@ -113,7 +130,7 @@ def _between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
 def _is_large(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() > LARGEST
-    return type(value) in _CONTAINERS and len(value) > LARGEST
+    return isinstance(value, _CONTAINERS) and len(value) > LARGEST
 
 
 def _copy(value: Any) -> Any:
@@ -122,28 +139,28 @@ def _copy(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return copy.copy(value) if type(value) in _CONTAINERS else value
+    return copy.copy(value) if isinstance(value, _CONTAINERS) else value
 
 
 class _Mark:
-    """Differs where something else stands in a place, or something was written into it.
+    """Tells later whether something was written into a tensor or a container."""
 
-    Attributes:
-        value: what stood there.
-    """
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self.is_large = _is_large(value)
+        self._writes, self._items = self._inside()
 
-    def __init__(self, value: Any, version: int) -> None:
-        self.value = value
-        self._version = version
+    @property
+    def is_old(self) -> bool:
+        """Whether something was."""
+        writes, items = self._inside()
+        return writes != self._writes or not all(map(is_, items, self._items))
 
-    @classmethod
-    def of(cls, value: Any) -> _Mark:
-        """As it is now."""
+    def _inside(self) -> tuple[int, tuple[Any, ...]]:
+        """A number and objects, of which at least one is another one after a write."""
+        value = self._value
         if isinstance(value, Tensor):
-            return cls(value, 0 if value.is_inference() else value._version)
-        return cls(value, len(value) if type(value) in _CONTAINERS else 0)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Mark) and self.value is other.value and self._version == other._version
-
-    __hash__ = None  # type: ignore[assignment]
+            return 0 if value.is_inference() else value._version, ()
+        if self.is_large:
+            return len(value), ()
+        return len(value), (*value, *value.values()) if isinstance(value, dict) else tuple(value)

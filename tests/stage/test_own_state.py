@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +71,57 @@ def test_what_a_hook_writes_all_stages_go_on_from() -> None:
     assert run(root, state, 2, 2) == (1002, 1002, [2], 1002)
     assert run(root, state, 0, 1) == (1001, 1001, [1], 1001)
     assert run(root, state, 0, 1) == (1002, 1002, [1, 1], 1002)
+
+
+HOOKS: dict[str, tuple[Any, Callable[[Any], object]]] = {
+    "a key that was there": ({"epoch": 0}, lambda stats: stats.update(epoch=1)),
+    "another key": ({"a": 0}, lambda stats: stats.update(b=stats.pop("a"))),
+    "an item": ([0, 1], lambda items: items.__setitem__(0, 2)),
+    "a full deque": (deque([0, 1], maxlen=2), lambda latest: latest.append(2)),
+    "another member": ({1, 2}, lambda members: members.symmetric_difference_update({2, 3})),
+}
+
+
+@pytest.mark.parametrize("way", HOOKS)
+def test_all_stages_see_what_a_hook_writes_though_nothing_grows(way: str) -> None:
+    root = Root()
+    kept, hook = HOOKS[way]
+    root.kept = copy.copy(kept)
+    before, state = str(root.kept), OwnState(root, CUT, (0, 1, 2))
+    for _ in range(2):
+        for stage in (2, 0, 1):
+            with state.of(stage):
+                assert str(root.kept) == before
+    hook(root.kept)
+    after = str(root.kept)
+    assert after != before
+    for stage in (2, 0, 1):
+        with state.of(stage):
+            assert str(root.kept) == after
+
+
+def test_what_a_hook_takes_away_no_stage_has() -> None:
+    root = Root()
+    state = OwnState(root, CUT, (0, 1))
+    run(root, state, 0, 1)
+    del root.count
+    with state.of(0):
+        assert not hasattr(root, "count")
+
+
+@pytest.mark.parametrize(
+    "counts", [Counter("ab"), defaultdict(int, a=1, b=1), OrderedDict(a=1, b=1)], ids=lambda each: type(each).__name__
+)
+def test_containers_of_every_class_are_each_stage_s_own(counts: dict[str, int]) -> None:
+    root = Root()
+    root.counts = counts = copy.copy(counts)
+    state = OwnState(root, CUT, (0, 1))
+    for stage in (1, 0):
+        with state.of(stage):
+            assert type(root.counts) is type(counts)
+            root.counts["a"] += 1
+            assert root.counts == {"a": 2, "b": 1}
+    assert root.counts is counts
 
 
 def test_what_one_stage_makes_or_takes_away_is_so_for_it_alone() -> None:
