@@ -26,7 +26,7 @@ def used_unreceived(
     templates: TemplateTable,
     received: Sequence[Tensor],
     device: torch.device,
-) -> list[Value]:
+) -> list[Value] | None:
     """The values on which a stage's results depend in a step although it does not receive them.
 
     The step runs once with zeros in their place and twice with other numbers. What the stage sends or, on the last
@@ -42,7 +42,8 @@ def used_unreceived(
         device: where the module is.
 
     Returns:
-        The values; none if the step fails with zeros, which it will say itself.
+        The values; None where that can't be told: the step fails with zeros, which it will say itself, or there is no
+        memory for the look.
 
     Raises:
         CutError: if the step writes a weight in place.
@@ -67,6 +68,6 @@ def used_unreceived(
     except CutError:
         raise
     except Exception:
-        return []
+        return None
     finally:
         trial.close()

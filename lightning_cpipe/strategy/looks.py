@@ -2,7 +2,8 @@
 
 The probe sees the first mini-batch. A step that begins later to use what was not sent would be computed with zeros. So
 each stage, by itself and before it forwards mini-batches 0, 1, 2, 4, 8, 16, …, asks the probe's question once more (see
-`lightning_cpipe.probe.look`). What that costs goes to nothing in a long run, and nothing stays unseen for ever.
+`lightning_cpipe.probe.look`). What that costs goes to nothing in a long run, and nothing stays unseen for ever. Where
+mini-batches are sliced, the numbers are those of micro-batches.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Looks:
         received: Sequence[Tensor],
         table: TemplateTable,
     ) -> None:
-        """Look at the step of a mini-batch that is about to be forwarded.
+        """Look at the step of a mini-batch, or of a micro-batch, that is about to be forwarded.
 
         Args:
             mini_batch: which.
@@ -81,4 +82,5 @@ class Looks:
                 " comes later count from the beginning, or move the cut with `split_points` so that module and use lie"
                 " on one stage."
             )
-        self._last = mini_batch.number
+        if found is not None:
+            self._last = mini_batch.number

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lightning_cpipe.strategy import steps
-from lightning_cpipe.strategy.looks import is_due
+from lightning_cpipe.engine.stage_stream import STEP
+from lightning_cpipe.errors import CutError
+from lightning_cpipe.stage.cut import Value
+from lightning_cpipe.strategy import looks, steps
+from lightning_cpipe.strategy.looks import Looks, is_due
 from tests.helpers.causes import cause
 from tests.helpers.comparing import require_equal_to_reference
 from tests.helpers.fits import Notes, Seen, fit_in_pipeline, require_same_bits
@@ -153,3 +158,20 @@ def test_nobody_can_tell_that_a_stage_looked(accumulate: int, monkeypatch: pytes
 
 def test_looks_are_at_powers_of_two() -> None:
     assert [number for number in range(40) if is_due(number)] == [0, 1, 2, 4, 8, 16, 32]
+
+
+def test_the_last_look_that_is_told_of_is_one_that_came_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([[], None, [Value("net.0", 0, 0)]])
+    monkeypatch.setattr(looks, "used_unreceived", lambda *_: next(answers))
+    cut = SimpleNamespace(steps={STEP: SimpleNamespace(passages=[None, None])}, starts=("net.2",))
+    stage: Any = SimpleNamespace(cut=cut, stage=1, looking=lambda seed: nullcontext())
+    own = Looks(Chain(), stage, torch.device("cpu"))
+
+    def look(number: int) -> None:
+        mini_batch: Any = SimpleNamespace(number=number, seed=0, signature=())
+        own.look(mini_batch, (), (), {})
+
+    look(1)
+    look(2)
+    with pytest.raises(CutError, match="They did not for mini-batch 1, when it looked last"):
+        look(4)
