@@ -86,19 +86,17 @@ class StageModule:
         """Run this stage's part of a step; see `Replay.run`. All its random numbers follow from `seed`."""
         # With one stage there is nothing to agree on; a step without randomness runs as it does without a pipeline.
         scope = self._scope(seed) if self.num_stages > 1 or self.cut.steps[name].draws else nullcontext()
-        with scope, self._isolation.of(seed), self._substitutes.hanging(), self._state.of(self.stage):
+        with scope, self.drawing(seed):
             return self._replay.run(name, step, received, table, describe=describe)
 
     @contextmanager
     def drawing(self, seed: int) -> Iterator[None]:
-        """Inside, modules draw what they drew in the forward: where activation checkpointing repeats it, say."""
-        with self._isolation.of(seed), self._substitutes.hanging():
-            yield
+        """The module stands inside as the stage alone would have it, and its modules draw from `seed`.
 
-    @contextmanager
-    def looking(self, seed: int) -> Iterator[None]:
-        """The module stands inside as a forward of the stage would find it."""
-        with self.drawing(seed), self._state.of(self.stage):
+        A backward runs inside, too: activation checkpointing repeats there what the forward drew, and reads what the
+        stage wrote on the module last.
+        """
+        with self._isolation.of(seed), self._substitutes.hanging(), self._state.of(self.stage):
             yield
 
     @classmethod

@@ -70,7 +70,7 @@ class Looks:
 
         step = Step(STEP, call, True, mini_batch.seed, mini_batch.signature)
         passage = cut.steps[STEP].passages[stage]
-        with not_compiled(), self._stage_module.looking(mini_batch.seed):
+        with not_compiled(), self._stage_module.drawing(mini_batch.seed):
             found = used_unreceived(self._module, step, passage, table, received, self._device)
         if found:
             before = "" if self._last is None else f" They did not for mini-batch {self._last}, when it looked last."

@@ -55,6 +55,47 @@ def test_a_checkpoint_around_a_block_repeats_its_numbers_in_the_backward(p: int)
     assert all(torch.equal(made.gradients[name], plain.gradients[name]) for name in plain.gradients)
 
 
+class Counting(Blocks):
+    """Reads in its activation checkpoints what it counts outside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.blocks = nn.Sequential(*(Block(0.0) for _ in range(3)))
+        self.count = 0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.count += 1
+        for block in self.blocks:
+            x = checkpoint(lambda x, block=block: block(x * self.count), x, use_reentrant=False)
+        return (x - y).square().mean()
+
+
+def test_a_checkpoint_in_the_backward_reads_the_stage_s_own_count() -> None:
+    """The first stage is a step ahead, as it is in a pipeline."""
+    together, cut = Counting(), cut_of(Counting(), BATCH, 2, ["blocks.1"])
+    apart = [Counting(), Counting()]
+    of_one_process = StageModule.of_rank(together, cut, [0, 1], CPU)
+    a_process_each = [StageModule(module, cut, stage, CPU) for stage, module in enumerate(apart)]
+
+    def gradient(stages: list[StageModule], modules: list[Counting]) -> Tensor:
+        first, last = stages
+        sent = first.forward(STEP, lambda: modules[0](*BATCH), 1, describe=True)
+        first.forward(STEP, lambda: modules[0](*BATCH), 2, describe=True)
+        received = [tensor.detach().requires_grad_() for tensor in sent.sent]
+        loss = last.forward(STEP, lambda: modules[1](*BATCH), 1, received, sent.templates).returned
+        with last.drawing(1):
+            loss.backward()
+        with first.drawing(1):
+            torch.autograd.backward(sent.sent, [leaf.grad for leaf in received])
+        gradient = modules[0].blocks[0].weight.grad
+        assert gradient is not None
+        return gradient
+
+    assert torch.equal(gradient(of_one_process, [together, together]), gradient(a_process_each, apart))
+    assert together.count == apart[1].count == 1
+
+
 def test_a_single_stage_without_randomness_takes_no_part_in_it() -> None:
     """Whatever the step may draw later is drawn as without a pipeline."""
     module = Blocks(dropout=0.0)

@@ -164,7 +164,7 @@ def test_the_last_look_that_is_told_of_is_one_that_came_to_its_end(monkeypatch: 
     answers = iter([[], None, [Value("net.0", 0, 0)]])
     monkeypatch.setattr(looks, "used_unreceived", lambda *_: next(answers))
     cut = SimpleNamespace(steps={STEP: SimpleNamespace(passages=[None, None])}, starts=("net.2",))
-    stage: Any = SimpleNamespace(cut=cut, stage=1, looking=lambda seed: nullcontext())
+    stage: Any = SimpleNamespace(cut=cut, stage=1, drawing=lambda seed: nullcontext())
     own = Looks(Chain(), stage, torch.device("cpu"))
 
     def look(number: int) -> None:
