@@ -223,11 +223,13 @@ class Steps:
 
     def _look(self, stage: int, mini_batch: MiniBatch, received: Sequence[Tensor], table: TemplateTable) -> None:
         """See whether the user's step still uses no more than what crosses the cut."""
-        if not is_due(mini_batch.number):
-            return
         assert isinstance(mini_batch, Drawn)
-        with at_its_own_time(self._trainer, mini_batch), self._where_it_belongs(stage):
-            self._looks[stage].look(mini_batch, self._arguments(stage, mini_batch), received, table)
+        with at_its_own_time(self._trainer, mini_batch):
+            # Here no stage's own state hangs in the module: what transfer hooks write there is for all.
+            self._prepared(mini_batch)
+            if is_due(mini_batch.number):
+                with self._where_it_belongs(stage):
+                    self._looks[stage].look(mini_batch, self._arguments(stage, mini_batch), received, table)
 
     def _arguments(self, stage: int, drawn: Drawn) -> tuple[Any, ...]:
         batch = self._own(self._prepared(drawn), stage)
