@@ -21,11 +21,14 @@ class Decisions:
     Args:
         from_next: where the stage after this one tells what it heard; None on the last stage.
         to_previous: where this stage tells the one before; None on the first.
+        hands_on: whether the stage before learns from here what the last one decides; not where its rank, which holds a
+            later stage, too, knows it already.
     """
 
-    def __init__(self, from_next: Records | None, to_previous: Records | None) -> None:
+    def __init__(self, from_next: Records | None, to_previous: Records | None, *, hands_on: bool = True) -> None:
         self._from_next = from_next
         self._to_previous = to_previous
+        self._hands_on = hands_on
         self._early: defaultdict[str, deque[Any]] = defaultdict(deque)
 
     @property
@@ -48,7 +51,7 @@ class Decisions:
         assert self._from_next is not None
         while not self._early[topic]:
             found, content = self._from_next.receive()
-            if self._to_previous is not None and found != _TO_NEIGHBOUR:
+            if self._to_previous is not None and self._hands_on and found != _TO_NEIGHBOUR:
                 self._to_previous.send((found, content))
             self._early[found].append(content)
         return self._early[topic].popleft()

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.check import Fault
-from lightning_cpipe.schedules.placement import in_words
+from lightning_cpipe.schedules.placement import in_rows
 from lightning_cpipe.schedules.plan import Plan
 
 
@@ -15,9 +15,10 @@ def not_one_step(plan: Plan) -> list[Fault]:
     """What of a plan without faults is not as in one optimizer step; an empty list if nothing.
 
     Every stage forwards micro-batches 0, 1, 2, … in order, since logged values are collected as they come, and updates
-    once, after all else. The last line, which is that of rank 0, holds the last stage, which makes the loss.
+    once, after all else. The last stages of the ranks lie in the order of the ranks: rank 0 holds the very last one,
+    which makes the loss, and what it decides goes from neighbour to neighbour.
     """
-    return [*_forwards(plan), *_updates(plan), *_last_stage(plan)]
+    return [*_forwards(plan), *_updates(plan), *_chain(plan)]
 
 
 def _forwards(plan: Plan) -> Iterator[Fault]:
@@ -38,9 +39,9 @@ def _updates(plan: Plan) -> Iterator[Fault]:
                 break
 
 
-def _last_stage(plan: Plan) -> Iterator[Fault]:
-    line = plan.line_of[plan.num_stages - 1]
-    if line != plan.num_ranks - 1:
-        held = (in_words(plan.held[each]) for each in (line, -1))
-        words = "is with stages {}, and rank 0, which logs the loss, holds stages {}: the last stage must be there"
-        yield Fault(plan.num_stages - 1, None, words.format(*held))
+def _chain(plan: Plan) -> Iterator[Fault]:
+    rows = sorted(row for stages in plan.held for row in in_rows(stages))[-plan.num_ranks :]
+    for due, stages in zip(rows, plan.held):
+        if stages[-1] != due[-1]:
+            words = f"is the last one of its rank where stage {due[-1]} is due: what is decided goes from rank to rank"
+            yield Fault(stages[-1], None, words)

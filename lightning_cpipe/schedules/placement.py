@@ -42,15 +42,20 @@ def rank_of(stage: int, held: Held) -> int:
     return next(rank for rank in range(len(held)) if stage in stages_of(rank, held))
 
 
+def in_rows(stages: Iterable[int]) -> list[tuple[int, ...]]:
+    """The stages of a rank, those that are neighbours together."""
+    rows: list[tuple[int, ...]] = []
+    for stage in sorted(stages):
+        if rows and stage == rows[-1][-1] + 1:
+            rows[-1] = (*rows[-1], stage)
+        else:
+            rows.append((stage,))
+    return rows
+
+
 def in_words(stages: Iterable[int]) -> str:
     """For a reader: ``0``, ``0-2`` or ``0, 3``."""
-    runs: list[list[int]] = []
-    for stage in sorted(stages):
-        if runs and stage == runs[-1][-1] + 1:
-            runs[-1].append(stage)
-        else:
-            runs.append([stage])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return ", ".join(str(row[0]) if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in in_rows(stages))
 
 
 def _ranks(num_stages: int, per_rank: int) -> int:

@@ -20,7 +20,6 @@ from lightning_cpipe.schedules import SCHEDULES, Given
 from lightning_cpipe.schedules.check import Fault, check
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.one_step import not_one_step
-from lightning_cpipe.schedules.placement import in_words as stages_in_words
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
@@ -142,9 +141,6 @@ def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stag
                 f" on {num_ranks}. Set `num_stages` and `devices`, or write a plan of that size."
             )
     try:
-        apart = [held for held in schedule.held(num_stages) if held[-1] - held[0] >= len(held)]
-        if apart:
-            yield f"{words}: stages {stages_in_words(apart[0])} of one device are no neighbours. {LATER}"
         for size in () if type(schedule) in SCHEDULES.values() else sizes:
             if faults := _faults(schedule, num_stages, size):
                 told = "; ".join(map(str, faults[:_TOLD_FAULTS]))

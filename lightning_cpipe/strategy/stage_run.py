@@ -15,6 +15,7 @@ from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.engine.training import TrainingStream
+from lightning_cpipe.schedules.placement import in_rows
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.stage_module import StageModule
@@ -27,27 +28,42 @@ class StageRun:
 
     Attributes:
         modules: the stages, in order.
-        decisions: the rank's place in the chain of what the last stage decides.
+        decisions: the rank's part in the chain of what the last stage decides, from rank to rank.
         evaluations: the streams of the steps that do not train, of each stage in order, by name.
     """
 
     def __init__(
-        self, modules: Sequence[StageModule], lanes: Lanes, timelines: Mapping[int, Timeline], device: torch.device
+        self,
+        modules: Sequence[StageModule],
+        lanes: Sequence[Lanes],
+        timelines: Mapping[int, Timeline],
+        device: torch.device,
+        *,
+        hands_on: bool,
     ) -> None:
         self.modules = modules
-        self.decisions = Decisions(lanes.records_in.get("decisions"), lanes.records_out.get("decisions"))
+        self._decisions = [
+            Decisions(each.records_in.get("decisions"), each.records_out.get("decisions"), hands_on=hands_on)
+            for each in lanes
+        ]
+        self.decisions = self._decisions[-1]
         self._lanes = lanes
         self._timelines = timelines
         self._device = device
-        self._training_lanes = Neighbours.of_training(lanes)
-        self._evaluation_lanes = Neighbours.of_evaluation(lanes)
-        to_each = self._evaluation_lanes.in_a_row(len(modules), device)
+        self._training_lanes = [Neighbours.of_training(each) for each in lanes]
+        self._evaluation_lanes = [Neighbours.of_evaluation(each) for each in lanes]
+        to_each = self._to_each(self._evaluation_lanes)
         self.evaluations = {
             name: [EvaluationStream(name, module, to, timelines[module.stage]) for module, to in zip(modules, to_each)]
             for name in self.cut.steps
             if name != STEP
         }
         self._training: TrainingStream | None = None
+
+    def _to_each(self, of_rows: Sequence[Neighbours]) -> list[Neighbours]:
+        """The lanes of each stage, from those of each row of neighbouring stages."""
+        rows = in_rows(self.stages)
+        return [to for own, row in zip(of_rows, rows) for to in own.in_a_row(len(row), self._device)]
 
     @property
     def cut(self) -> Cut:
@@ -91,7 +107,7 @@ class StageRun:
             run_step: calls the user's step of the whole module for a stage, on a mini-batch.
             slices: where the micro-batches of a flush schedule are.
         """
-        to_each = self._training_lanes.in_a_row(len(self.modules), self._device)
+        to_each = self._to_each(self._training_lanes)
         versions = [Versions(module.parameters().items(), schedule.versions.keeps) for module in self.modules]
         streams = [
             StageStream(
@@ -107,7 +123,7 @@ class StageRun:
         ]
         last = self.modules[-1]
         own_by_stage = {module.stage: own.named for module, own in zip(self.modules, versions)}
-        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes.ties)
+        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].ties)
         timeline = self._timelines[last.stage]
         self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices)
         return self._training
@@ -123,21 +139,21 @@ class StageRun:
         Returns:
             How many messages were discarded.
         """
-        discarded = self._training_lanes.settle(self.decisions)
+        discarded = sum(to.settle(decisions) for to, decisions in zip(self._training_lanes, self._decisions))
         if self._training is not None:
             self._training.settle()
         return discarded
 
     def close(self) -> None:
         """Take all lanes to their end and leave the module as it was, weights excepted."""
-        self.decisions.tell_last()
-        self._training_lanes.tell_last()
-        self._evaluation_lanes.tell_last()
-        self.decisions.discard()
-        self._training_lanes.discard()
-        self._evaluation_lanes.discard()
-        for edge in self._lanes.outgoing.values():
-            edge.flush()
+        ends: list[Decisions | Neighbours] = [*self._decisions, *self._training_lanes, *self._evaluation_lanes]
+        for each in ends:
+            each.tell_last()
+        for each in ends:
+            each.discard()
+        for lanes in self._lanes:
+            for edge in lanes.outgoing.values():
+                edge.flush()
         self.remove()
 
     def remove(self) -> None:

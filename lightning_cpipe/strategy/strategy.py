@@ -32,6 +32,7 @@ from lightning_cpipe.errors import CutError, LostNumbersError, PlanError
 from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.given import Given
 from lightning_cpipe.schedules.placement import in_words as stages_in_words
 from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.plan import Held
@@ -100,13 +101,14 @@ class ContinuousPipeStrategy(ParallelStrategy):
         >>> trainer = pl.Trainer(strategy="continuous_pipe", devices=4)  # doctest: +SKIP
 
     Args:
-        num_stages: stages of the pipeline; ``auto`` for one per device, or as many as a given plan has. A multiple of
-            the devices lets each hold several in a row, with the same numbers; with ``devices=1`` that is a rehearsal
-            of the whole pipeline.
+        num_stages: stages of the pipeline; ``auto`` for one per device, two for ``interleaved``, or as many as a given
+            plan has. A multiple of the devices lets each hold several, with the same numbers; with ``devices=1`` that
+            is a rehearsal of the whole pipeline.
         data_parallel_size: pipelines side by side; 1 for now.
-        schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b`` and ``zb``:
-            the micro-batches of one mini-batch, then one update of all stages, as plain Lightning makes it; ``zb``
-            splits backwards. Or the path of a plan of your own, as a ``.csv`` file, or an object of a subclass of
+        schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b``,
+            ``interleaved`` and ``zb``: the micro-batches of one mini-batch, then one update of all stages, as plain
+            Lightning makes it; ``interleaved`` puts stages on a device that are not neighbours, and ``zb`` splits
+            backwards. Or the path of a plan of your own, as a ``.csv`` file, or an object of a subclass of
             `lightning_cpipe.schedules.flushed.Flushed`: either is checked first.
         num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples; a plan in a file
             says itself for how many it is. A batch is sliced along the first dimension of its tensors, or by the
@@ -329,7 +331,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             MisconfigurationException: with all reasons.
         """
         self._refuse(trainer, self.num_ranks, self.num_stages)
-        if self.num_stages > self.num_ranks:
+        if self.num_stages > self.num_ranks and not isinstance(self._schedule, Given):
             rank_zero_info(
                 f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
                 f" Set `devices={self.num_stages}` for a process each; the numbers are the same."
@@ -456,7 +458,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         ahead = self._lag if isinstance(schedule, Continuous) else self._options.num_microbatches
         lanes = self.processes.lanes(room_on_lanes(ahead), ties)
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
-        stage_run = StageRun(modules, lanes, self.timelines, self.root_device)
+        # What is decided goes from each rank's last stages to those of the next one, until all have heard.
+        hands_on = self.global_rank < self.num_ranks - 1
+        stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
         undo: list[Callable[[], None]] = []
@@ -735,8 +739,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def stage_figures(self) -> dict[int, StageFigures]:
         """The figures of all stages on rank 0, as last told (see `tell_figures`); elsewhere, of the stages so far."""
         training = self.stage_run.training
-        first = training.stages[self.stages[0]].news.figures
-        return {**first, **{stage: each.news.books.figures() for stage, each in training.stages.items()}}
+        told = {stage: each for own in training.stages.values() for stage, each in own.news.figures.items()}
+        return {**told, **{stage: each.news.books.figures() for stage, each in training.stages.items()}}
 
     def promised_delay(self, stage: int) -> int:
         """How many updates old a stage's gradient is in the steady state, by the plan.

@@ -14,7 +14,8 @@ and three carry records, each through a socket:
 
 Evaluation has lanes of its own because training's receives are posted already when a validation begins.
 
-Where a process holds several neighbouring stages, they count as one here.
+Where a process holds several neighbouring stages, they count as one here: they have one *place* in the row. A process
+whose stages are no neighbours has several places.
 
 Two stages that train the same parameters have two more lanes for tensors, whether they are neighbours or not: one for
 gradients, to the later stage, which owns these parameters, and one for its weights, back.
@@ -63,14 +64,14 @@ class TieEnds(NamedTuple):
 
 @dataclass(frozen=True)
 class Lanes:
-    """One process's ends of all lanes of one run.
+    """A process's ends of all lanes of one of its places, in one run.
 
     Attributes:
         incoming: the lanes that this rank receives tensors on.
         outgoing: the lanes that this rank sends tensors on.
         records_in: the lanes that this rank receives records on.
         records_out: the lanes that this rank sends records on.
-        ties: the lanes to stages with which this one shares parameters.
+        ties: the lanes to stages with which those of the process share parameters; with its last place.
     """
 
     incoming: dict[TensorLane, Edge] = field(default_factory=dict)
@@ -81,41 +82,42 @@ class Lanes:
 
 
 class Wiring:
-    """The connections between this process's stage and its neighbours.
+    """The connections between this process's stages and their neighbours.
 
     Args:
         control: of all ranks.
-        ranks: the global rank of each stage, in the order of the stages.
-        stage: this process's.
+        ranks: the global rank at each place, in the order of the stages. No two neighbours are the same.
+        place: one of this process's.
         device: where the stage computes.
         backend: of the lanes that carry tensors, ``gloo`` or ``nccl``.
-        held: where a process holds several stages, which they are, for each of `ranks`; ties name them.
+        held: where a place has several stages, which they are, for each of `ranks`; ties name them.
     """
 
     def __init__(
         self,
         control: Control,
         ranks: Sequence[int],
-        stage: int,
+        place: int,
         device: torch.device,
         backend: str,
         held: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._ranks = ranks
         held = held or [(each,) for each in range(len(ranks))]
-        self._place = {each: place for place, stages in enumerate(held) for each in stages}
-        self._stage = stage
+        self._rank_of = {stage: rank for rank, stages in zip(ranks, held) for stage in stages}
+        self._rank = ranks[place]
+        self._own = [own for own, rank in enumerate(ranks) if rank == self._rank]
         self._device = device
         self._edge_type = NcclEdge if backend == "nccl" else Edge
-        self._connections = connect_neighbours(control, ranks, stage, RECORD_LANES)
+        self._connections = connect_neighbours(control, ranks, place, RECORD_LANES)
         self._backend = backend
         self._groups: dict[tuple[int, str], dist.ProcessGroup] = {}
         self._tied: dict[Pair, tuple[dist.ProcessGroup, dist.ProcessGroup] | None] = {}
         for upper in range(len(ranks) - 1):
             for lane in TENSOR_LANES:
                 # Every process takes part in making every group, in this order.
-                group = self._new_group(upper, upper + 1)
-                if stage in (upper, upper + 1):
+                group = self._new_group(ranks[upper], ranks[upper + 1])
+                if self._rank in ranks[upper : upper + 2]:
                     self._groups[upper, lane] = group
         self._handed_out: list[Edge] = []
         self._warm_up()
@@ -143,20 +145,27 @@ class Wiring:
             connection.close()
         self._connections.clear()
 
-    def lanes(self, in_flight: int, ties: Mapping[Pair, int] | None = None) -> Lanes:
+    def lanes(self, in_flight: int, ties: Mapping[Pair, int] | None = None) -> list[Lanes]:
         """Fresh ends for one run; nothing may be on its way on the old ones. All ranks must call it alike.
 
         Args:
             in_flight: how many messages may be on their way on each lane for tensors.
             ties: all pairs of stages that share parameters, each with how many messages may be on their way.
+
+        Returns:
+            Those of each of this process's places, in order.
         """
         self._handed_out.clear()
         ties = ties or {}
-        lanes = Lanes(ties={pair: self._tie_ends(pair, ties[pair]) for pair in self._connected(ties)})
-        for upper in (self._stage - 1, self._stage):
+        ends = {pair: self._tie_ends(pair, ties[pair]) for pair in self._connected(ties)}
+        return [self._lanes_of(place, in_flight, ends if place == self._own[-1] else {}) for place in self._own]
+
+    def _lanes_of(self, place: int, in_flight: int, ties: dict[Pair, TieEnds]) -> Lanes:
+        lanes = Lanes(ties=ties)
+        for upper in (place - 1, place):
             if not 0 <= upper < len(self._ranks) - 1:
                 continue
-            peer = self._ranks[upper if upper < self._stage else upper + 1]
+            peer = self._ranks[upper if upper < place else upper + 1]
             for lane in TENSOR_LANES:
                 edge = self._edge_type(self._groups[upper, lane], peer, self._device, in_flight)
                 (lanes.incoming if self._receives(upper, lane) else lanes.outgoing)[lane] = edge
@@ -167,61 +176,61 @@ class Wiring:
         return lanes
 
     def _new_group(self, a: int, b: int) -> dist.ProcessGroup:
-        ranks = [self._ranks[a], self._ranks[b]]
-        made: dist.ProcessGroup = dist.new_group(ranks, timeout=NEVER, backend=self._backend)
+        made: dist.ProcessGroup = dist.new_group([a, b], timeout=NEVER, backend=self._backend)
         return made
 
     def _connected(self, ties: Iterable[Pair]) -> list[Pair]:
-        """Connect these pairs, unless they are already; those that this stage belongs to."""
-        apart = {pair: places for pair in ties if len(set(places := self._places(pair))) == 2}
-        for pair, places in apart.items():
+        """Connect these pairs, unless they are already; those that this process belongs to."""
+        apart = {pair: ranks for pair in ties if len(set(ranks := self._ranks_of(pair))) == 2}
+        for pair, ranks in apart.items():
             if pair in self._tied:
                 continue
-            gradients, weights = self._new_group(*places), self._new_group(*places)
-            self._tied[pair] = (gradients, weights) if self._stage in places else None
-            if self._stage in places:
+            gradients, weights = self._new_group(*ranks), self._new_group(*ranks)
+            self._tied[pair] = (gradients, weights) if self._rank in ranks else None
+            if self._rank in ranks:
                 ends = self._tie_ends(pair, in_flight=1)
                 # Gradients first, on both sides; see `_warm_up`.
-                if self._stage == places[1]:
+                if self._rank == ranks[1]:
                     _hear(ends.incoming)
                     _say(ends.outgoing)
                 else:
                     _say(ends.outgoing)
                     _hear(ends.incoming)
-        return [pair for pair, places in apart.items() if self._stage in places]
+        return [pair for pair, ranks in apart.items() if self._rank in ranks]
 
-    def _places(self, pair: Pair) -> tuple[int, int]:
-        """The processes of a tie, by their place in `ranks`."""
-        return self._place[pair[0]], self._place[pair[1]]
+    def _ranks_of(self, pair: Pair) -> tuple[int, int]:
+        """The ranks that hold the stages of a tie."""
+        return self._rank_of[pair[0]], self._rank_of[pair[1]]
 
     def _tie_ends(self, pair: Pair, in_flight: int) -> TieEnds:
         groups = self._tied[pair]
         assert groups is not None
-        of_user, of_owner = self._places(pair)
-        owns = self._stage == of_owner
-        peer = self._ranks[of_user if owns else of_owner]
+        of_user, of_owner = self._ranks_of(pair)
+        owns = self._rank == of_owner
+        peer = of_user if owns else of_owner
         gradients, weights = (self._edge_type(group, peer, self._device, in_flight) for group in groups)
         self._handed_out += [gradients, weights]
         return TieEnds(gradients, weights) if owns else TieEnds(weights, gradients)
 
     def _receives(self, upper: int, lane: str) -> bool:
-        """Whether data flows to this stage on a lane between the stages `upper` and `upper` + 1."""
-        return (lane in UP) == (upper == self._stage)
+        """Whether data flows to this process on a lane of its own between the places `upper` and `upper` + 1."""
+        return (lane in UP) == (upper in self._own)
 
     def _warm_up(self) -> None:
         """One message on each lane for tensors, in an order that is the same everywhere.
 
         NCCL makes a communicator at its first message, and two ranks that make theirs in different orders hang.
         """
-        lanes = self.lanes(in_flight=1)
+        lanes = dict(zip(self._own, self.lanes(in_flight=1)))
         for upper in range(len(self._ranks) - 1):
             for lane in TENSOR_LANES:
-                if self._stage not in (upper, upper + 1):
+                own = lanes.get(upper, lanes.get(upper + 1))
+                if own is None:
                     continue
                 if self._receives(upper, lane):
-                    _hear(lanes.incoming[lane])
+                    _hear(own.incoming[lane])
                 else:
-                    _say(lanes.outgoing[lane])
+                    _say(own.outgoing[lane])
 
 
 _HELLO = TensorSpec((1,), torch.float32)

@@ -161,14 +161,15 @@ class Recorder:
         Timeline._note = noted
         Wiring.lanes = self._with_noted_records(Wiring.lanes)
 
-    def _with_noted_records(self, make: Callable[..., Lanes]) -> Callable[..., Lanes]:
-        def lanes(wired: Wiring, *asked: Any, **options: Any) -> Lanes:
-            made = make(wired, *asked, **options)
+    def _with_noted_records(self, make: Callable[..., list[Lanes]]) -> Callable[..., list[Lanes]]:
+        def lanes(wired: Wiring, *asked: Any, **options: Any) -> list[Lanes]:
+            (made,) = make(wired, *asked, **options)
+            (place,) = wired._own
             for ends, kind in ((made.records_in, "wait"), (made.records_out, "send")):
                 for lane, records in ends.items():
-                    upper = wired._stage - ((lane in UP) == (kind == "send"))
+                    upper = place - ((lane in UP) == (kind == "send"))
                     ends[lane] = NotedRecords(records, partial(self._note, kind, (upper, lane)))
-            return made
+            return [made]
 
         return lanes
 

@@ -113,7 +113,7 @@ def test_a_plan_that_torch_wrote_runs(tmp_path: Path) -> None:
         ("0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1\n", {}, ["stage 0: F1 where F0 is due", "in order"]),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", {}, ["for 3 stages on 3 devices, not for 2 on 2", "Set `num_stages`"]),
         ("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", {"num_microbatches": 3}, ["num_microbatches=3", "for 2 of them"]),
-        ("0F0,2F0,2B0,0B0\n1F0,3F0,3B0,1B0\n", {}, ["stages 0, 2 of one device are no neighbours"]),
+        ("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0\n", {}, ["stage 3: is the last one of its rank where stage 2 is due"]),
         ("0F0,hello\n", {}, ["'hello' is not an action"]),
     ],
 )

@@ -34,7 +34,6 @@ OPTIONS = [
     ({"num_stages": 1}, ["num_stages=1 on 2 devices", "a divisor of it"], False),
     ({"num_stages": 0}, ["num_stages=0", "the least is 1"], False),
     ({"schedule": "own.csv"}, ["schedule='own.csv'", "the plan 'own.csv' can't be read: No such file"], False),
-    ({"schedule": "interleaved"}, ["schedule='interleaved'", "stages 0, 2 of one device", "no neighbours"], True),
     ({"schedule": "zigzag"}, ["schedule='zigzag'", "there are: continuous, gpipe, 1f1b, inter"], False),
     ({"schedule": Continuous()}, ["schedule=Continuous(…)", "by name", "schedule='continuous'"], False),
     ({"schedule": GPipe}, ["schedule=<class", "give a name, the path of a plan", "an object of"], False),
@@ -217,10 +216,10 @@ def test_all_reasons_are_listed_at_once() -> None:
 @pytest.mark.usefixtures("no_processes")
 @pytest.mark.parametrize("entry", ["validate", "test", "predict"])
 def test_options_are_refused_without_training_too_but_not_what_only_training_needs(entry: str) -> None:
-    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(schedule="interleaved"), devices=2)
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(schedule="zigzag"), devices=2)
     with pytest.raises(MisconfigurationException) as caught:
         getattr(trainer, entry)(Manual(), noise_loader())
-    assert "interleaved" in str(caught.value)
+    assert "zigzag" in str(caught.value)
     assert "automatic_optimization" not in str(caught.value)
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -55,6 +56,26 @@ def test_every_lane_connects_two_neighbours(p: int) -> None:
         assert found == {
             (upper, lane): (upper + 1 if upper == stage else upper, upper, lane) for upper in uppers for lane in LANES
         }
+
+
+def test_a_rank_may_have_several_places() -> None:
+    """The last rank comes before the first one again, and each two have several lanes."""
+    ranks = [2, 1, 0, 2, 1, 0]
+
+    def on_rank(rank: int) -> dict[tuple[int, str], Any]:
+        store = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=3)
+        found = connect_neighbours(Control(3), ranks, ranks.index(rank), LANES)
+        heard = greet(rank, found)
+        dist.barrier()
+        for connection in found.values():
+            connection.close()
+        dist.destroy_process_group()
+        return heard
+
+    for rank, heard in enumerate(run_ranks(on_rank, 3)):
+        pairs = {upper: {*pair} - {rank} for upper, pair in enumerate(pairwise(ranks)) if rank in pair}
+        assert heard == {(upper, lane): (*peer, upper, lane) for upper, peer in pairs.items() for lane in LANES}
 
 
 def test_ranks_of_other_machines_are_called_by_their_host_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +134,9 @@ def test_a_stranger_is_not_let_in(caplog: pytest.LogCaptureFixture) -> None:
     def call(port: int) -> None:
         with pytest.raises(multiprocessing.AuthenticationError):
             Client(("127.0.0.1", port), authkey=b"guessed")
-        came.extend(Client(("127.0.0.1", port), authkey=key) for _ in LANES)
+        for lane in LANES:
+            came.append(Client(("127.0.0.1", port), authkey=key))
+            came[-1].send((0, lane))
 
     class Callers(Alone):
         def share(self, content: Any) -> Any:

@@ -35,7 +35,7 @@ def test_every_lane_of_a_real_pipeline_carries_its_own_messages() -> None:
         received: dict[str, list[int]] = {}
         # Fresh ends for a second run, on the same connections.
         for _ in range(2):
-            lanes = wired.lanes(in_flight=4)
+            (lanes,) = wired.lanes(in_flight=4)
             for end in lanes.incoming.values():
                 end.post([spec])
             for lane, end in lanes.outgoing.items():
@@ -100,7 +100,7 @@ def wired(monkeypatch: pytest.MonkeyPatch, stage: int, backend: str = "gloo") ->
 def test_a_stage_has_ends_where_it_has_neighbours(
     monkeypatch: pytest.MonkeyPatch, stage: int, incoming: tuple[str, ...], outgoing: tuple[str, ...]
 ) -> None:
-    lanes = wired(monkeypatch, stage)[0].lanes(4)
+    (lanes,) = wired(monkeypatch, stage)[0].lanes(4)
     received: dict[str, Any] = {**lanes.incoming, **lanes.records_in}
     sent: dict[str, Any] = {**lanes.outgoing, **lanes.records_out}
     assert set(received) == set(incoming)
@@ -123,13 +123,13 @@ def test_every_process_makes_every_group_in_the_same_order(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("backend", "kind"), [("gloo", Edge), ("nccl", NcclEdge)])
 def test_tensors_travel_on_the_backend(monkeypatch: pytest.MonkeyPatch, backend: str, kind: type[Edge]) -> None:
-    lanes = wired(monkeypatch, 1, backend)[0].lanes(4)
+    (lanes,) = wired(monkeypatch, 1, backend)[0].lanes(4)
     assert {type(end) for end in (*lanes.incoming.values(), *lanes.outgoing.values())} == {kind}
 
 
 def test_each_run_gets_fresh_ends_and_an_abandoned_wiring_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = wired(monkeypatch, 1)
-    first, second = made.lanes(4), made.lanes(4)
+    (first,), (second,) = made.lanes(4), made.lanes(4)
     assert not {id(end) for end in first.incoming.values()} & {id(end) for end in second.incoming.values()}
     assert [end._group for end in first.incoming.values()] == [end._group for end in second.incoming.values()]
     connections = list(made._connections.values())
