@@ -148,7 +148,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self,
         num_stages: int | Literal["auto"] = "auto",
         data_parallel_size: int = 1,
-        schedule: str | Schedule = "continuous",
+        # A `Schedule`, too; were that written here, LightningCLI would hand over what is in a file, not its path.
+        schedule: str | Any = "continuous",
         num_microbatches: int = 1,
         split_points: list[str] | Literal["auto"] = "auto",
         memory_limit: str | int | None = None,

@@ -189,6 +189,14 @@ def test_a_strategy_may_be_named(capsys: pytest.CaptureFixture[str], name: str) 
     assert yaml.safe_load(printed(capsys, words=words))["trainer"]["strategy"] == name
 
 
+def test_a_plan_is_given_by_its_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.csv"
+    path.write_text("0F0,0B0\n1F0,1B0\n")
+    words = ("--model=lightning_cpipe.demos.digits.DigitsClassifier", f"--trainer.strategy.schedule={path}")
+    strategy = yaml.safe_load(printed(capsys, words=words))["trainer"]["strategy"]
+    assert strategy["init_args"]["schedule"] == str(path)
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
