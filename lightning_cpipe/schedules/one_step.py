@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.check import Fault
-from lightning_cpipe.schedules.placement import in_rows
+from lightning_cpipe.schedules.placement import places_of
 from lightning_cpipe.schedules.plan import Plan
 
 
@@ -40,8 +40,8 @@ def _updates(plan: Plan) -> Iterator[Fault]:
 
 
 def _chain(plan: Plan) -> Iterator[Fault]:
-    rows = sorted(row for stages in plan.held for row in in_rows(stages))[-plan.num_ranks :]
-    for due, stages in zip(rows, plan.held):
+    places = sorted(place for stages in plan.held for place in places_of(stages))
+    for due, stages in zip(places[-plan.num_ranks :], plan.held):
         if stages[-1] != due[-1]:
             words = f"is the last one of its rank where stage {due[-1]} is due: what is decided goes from rank to rank"
             yield Fault(stages[-1], None, words)

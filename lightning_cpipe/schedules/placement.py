@@ -42,20 +42,20 @@ def rank_of(stage: int, held: Held) -> int:
     return next(rank for rank in range(len(held)) if stage in stages_of(rank, held))
 
 
-def in_rows(stages: Iterable[int]) -> list[tuple[int, ...]]:
-    """The stages of a rank, those that are neighbours together."""
-    rows: list[tuple[int, ...]] = []
+def places_of(stages: Iterable[int]) -> list[tuple[int, ...]]:
+    """The places of a rank that holds these stages, in order: neighbours have one together."""
+    places: list[tuple[int, ...]] = []
     for stage in sorted(stages):
-        if rows and stage == rows[-1][-1] + 1:
-            rows[-1] = (*rows[-1], stage)
+        if places and stage == places[-1][-1] + 1:
+            places[-1] = (*places[-1], stage)
         else:
-            rows.append((stage,))
-    return rows
+            places.append((stage,))
+    return places
 
 
 def in_words(stages: Iterable[int]) -> str:
     """For a reader: ``0``, ``0-2`` or ``0, 3``."""
-    return ", ".join(str(row[0]) if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in in_rows(stages))
+    return ", ".join(str(each[0]) if len(each) == 1 else f"{each[0]}-{each[-1]}" for each in places_of(stages))
 
 
 def _ranks(num_stages: int, per_rank: int) -> int:

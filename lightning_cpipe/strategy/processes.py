@@ -15,8 +15,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 
 from lightning_cpipe.errors import RankLostError
-from lightning_cpipe.schedules.placement import in_rows, rank_of, stages_of
 from lightning_cpipe.schedules.placement import in_words as stages_in_words
+from lightning_cpipe.schedules.placement import places_of, rank_of, stages_of
 from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
@@ -57,8 +57,8 @@ class Processes:
             init_dist_connection(environment, self._backend, timeout=START_UP)
         self.control = Control(self.num_ranks)
         if self.num_ranks > 1:
-            places = sorted(row for stages in held for row in in_rows(stages))
-            ranks = [rank_of(row[0], held) for row in places]
+            places = sorted(place for stages in held for place in places_of(stages))
+            ranks = [rank_of(place[0], held) for place in places]
             self._wiring = Wiring(self.control, ranks, ranks.index(self.rank), device, self._backend, places)
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(self, _let_go_of, self._wiring, self.control, self._ending)
@@ -110,7 +110,7 @@ class Processes:
             self._words.at(batch)
 
     def lanes(self, in_flight: int, ties: Mapping[Pair, int]) -> list[Lanes]:
-        """The lanes to the neighbours of each row of stages, and to stages with which these share parameters."""
+        """The lanes to the neighbours of each of its places, and to stages with which these share parameters."""
         return [Lanes()] if self._wiring is None else self._wiring.lanes(in_flight, ties)
 
     def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:

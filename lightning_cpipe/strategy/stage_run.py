@@ -15,7 +15,7 @@ from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.engine.training import TrainingStream
-from lightning_cpipe.schedules.placement import in_rows
+from lightning_cpipe.schedules.placement import places_of
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.stage_module import StageModule
@@ -60,10 +60,10 @@ class StageRun:
         }
         self._training: TrainingStream | None = None
 
-    def _to_each(self, of_rows: Sequence[Neighbours]) -> list[Neighbours]:
-        """The lanes of each stage, from those of each row of neighbouring stages."""
-        rows = in_rows(self.stages)
-        return [to for own, row in zip(of_rows, rows) for to in own.in_a_row(len(row), self._device)]
+    def _to_each(self, of_places: Sequence[Neighbours]) -> list[Neighbours]:
+        """The lanes of each stage, from those of each place."""
+        places = places_of(self.stages)
+        return [to for own, stages in zip(of_places, places) for to in own.in_a_row(len(stages), self._device)]
 
     @property
     def cut(self) -> Cut:
