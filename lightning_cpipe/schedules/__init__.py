@@ -12,7 +12,7 @@ given        a plan that somebody else wrote
 policies     which version of the weights a mini-batch uses
 transfers    adds sends and receives to a plan
 check        lists every fault of a plan
-one_step     whether a plan is one optimizer step
+as_one_step  whether a plan is one optimizer step
 clock        gives every action its slot
 exchange     plans in and out, as CSV
 table        a plan as text, Markdown, JSON or SVG

@@ -11,10 +11,10 @@ from typing import ClassVar
 
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.action import Action, Kind, Row
+from lightning_cpipe.schedules.as_one_step import not_one_step
 from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.exchange import read_csv
-from lightning_cpipe.schedules.one_step import not_one_step
 from lightning_cpipe.schedules.plan import Held, Plan
 from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule

@@ -17,9 +17,9 @@ from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules import SCHEDULES, Given
+from lightning_cpipe.schedules.as_one_step import not_one_step
 from lightning_cpipe.schedules.check import Fault, check
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.schedules.one_step import not_one_step
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
