@@ -197,7 +197,9 @@ def test_an_evaluation_alone_streams_through_all_stages() -> None:
     assert all(map(torch.equal, predicted, also_predicted))
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
+@pytest.mark.parametrize(
+    "schedule", [pytest.param("gpipe", marks=pytest.mark.full), pytest.param("1f1b", marks=pytest.mark.full), "zb"]
+)
 def test_flush_schedules_are_rehearsed_too(schedule: str) -> None:
     """With micro-batches of different sizes, accumulation, and clipping by the norm of all stages."""
     options: dict[str, Any] = {
