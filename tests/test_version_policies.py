@@ -9,9 +9,8 @@ from functools import partial
 import pytest
 from torch import nn
 
-from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES
-from tests.helpers.comparing import require_equal_to_reference
+from tests.helpers.comparing import require_equal_under_policy
 from tests.helpers.fits import fit_in_pipeline, require_same_bits
 from tests.helpers.modules import Chain, make_optimizer, noise_loader
 from tests.helpers.reference import train_delayed
@@ -45,20 +44,10 @@ CASES = [
 
 @pytest.mark.parametrize(("policy", "p", "accumulate", "extra"), CASES)
 def test_equals_the_reference_within_what_is_promised(policy: str, p: int, accumulate: int, extra: int) -> None:
-    """And needs all of it: in three shuffled epochs."""
-    optimizer = "adamw" if accumulate > 1 else "sgd"
-    ranks = require_equal_to_reference(
-        p,
-        partial(Chain, optimizer=optimizer),
-        partial(noise_loader, shuffle=True),
-        make_optimizer(optimizer, None),
-        epochs=3,
-        accumulate=accumulate,
-        extra_in_flight=extra,
-        versions=policy,
-    )
-    endless = Continuous(extra, accumulate, versions=POLICIES[policy])
-    schedule = replace(endless, epoch_length=EPOCH_LENGTH)
+    """And needs all of it."""
+    ranks, schedule = require_equal_under_policy(policy, p, accumulate, extra, Chain)
+    assert schedule.epoch_length == EPOCH_LENGTH
+    endless = replace(schedule, epoch_length=None)
     for of_rank, stage in zip(ranks, reversed(range(p))):
         assert of_rank.found.most_alive == schedule.live_versions(stage, p)
         assert of_rank.found.most_delay == schedule.most_delay(stage, p)

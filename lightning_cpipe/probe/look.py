@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.fills import Scattered, is_integer
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.trial import Trial
@@ -26,7 +25,7 @@ def used_unreceived(
     templates: TemplateTable,
     received: Sequence[Tensor],
     device: torch.device,
-) -> list[Value] | None:
+) -> list[Value]:
     """The values on which a stage's results depend in a step although it does not receive them.
 
     The step runs once with zeros in their place and twice with other numbers. What the stage sends or, on the last
@@ -42,11 +41,12 @@ def used_unreceived(
         device: where the module is.
 
     Returns:
-        The values; None where that can't be told: the step fails with zeros, which it will say itself, or there is no
-        memory for the look.
+        The values.
 
     Raises:
         CutError: if the step writes a weight in place.
+        Exception: whatever the step raises with zeros, which it will raise by itself, too; or what the machine says
+            that has no memory for a look.
     """
     known = {crossing.value: tensor.detach() for crossing, tensor in zip(passage.receives, received)}
     specs = {
@@ -65,9 +65,5 @@ def used_unreceived(
     others = Scattered(specs, passage.ranges, step.seed, device)
     try:
         return trial.culprits(list(specs), [others.above, others.below])
-    except CutError:
-        raise
-    except Exception:
-        return None
     finally:
         trial.close()

@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 
 from lightning_cpipe.balance.memory import MemoryNeeds, bytes_of, state_multiple
 from lightning_cpipe.engine.mini_batch import SAME_DATA
-from lightning_cpipe.errors import CutError, DataMismatchError, RankLostError
+from lightning_cpipe.errors import CutError, DataMismatchError, LostNumbersError, RankLostError
 from lightning_cpipe.probe.lent import lent_weights
+from lightning_cpipe.probe.probe import Check, compares_gradients
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous
@@ -31,13 +32,75 @@ from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.pages import let_tensors_into_the_heap
 from lightning_cpipe.stage.weights import make_room, needed_by, replace, standing_in
 from lightning_cpipe.strategy.blueprint import Blueprint
+from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.transport.control import Control
 from lightning_cpipe.tree import flatten
+
+
+def agree_on_blueprint(
+    module: pl.LightningModule,
+    blueprint: Blueprint,
+    failed: Exception | None,
+    control: Control,
+    check: Check,
+    kept_out: bool,
+) -> Blueprint | None:
+    """Let all ranks know whether the module goes on without weights until it is cut; if not, build it as a whole.
+
+    Args:
+        module: for which `configure_model` ran.
+        blueprint: of what that built.
+        failed: what it raised, if anything.
+        control: of all ranks.
+        check: what the user wants to be compared.
+        kept_out: whether tensors are kept out of the heap, which a module that is built as a whole shall use again.
+
+    Returns:
+        The blueprint; None if the module is whole.
+
+    Raises:
+        CutError: if another module was built on another rank.
+        Exception: what `configure_model` raises, if it can't be built as a whole, either.
+    """
+    failures = [each for each in control.compare(None if failed is None else in_words(failed)) if each]
+    if not failures and len(set(control.compare(blueprint.fingerprint))) > 1:
+        raise CutError(
+            "`configure_model` built another module, or drew other random numbers, on another rank. Let it follow"
+            " from the module's attributes alone, not from the rank, and draw from the global generators only."
+        )
+    if blueprint.hollow and not failures and not compares_gradients(module, check):
+        return blueprint
+    if kept_out:
+        let_tensors_into_the_heap()
+    if not blueprint.hollow and not failures:
+        # Nothing was built.
+        return None
+    # What is certain is said before, since the memory may not suffice. Any other error may be the user's own.
+    if sure := isinstance(failed, LostNumbersError):
+        _warn_of_a_whole(module, failures[0])
+    try:
+        blueprint.build_whole()
+    except Exception as error:
+        # The same without a thought of parts: it is told once.
+        error.__suppress_context__ |= failed is not None and in_words(error) == in_words(failed)
+        raise
+    if failures and not sure:
+        _warn_of_a_whole(module, failures[0])
+    return None
+
+
+def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
+    rank_zero_warn(
+        f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
+        f" memory of all weights: {why}"
+    )
 
 
 def agree_on_cut(

@@ -8,6 +8,7 @@ mini-batches are sliced, the numbers are those of micro-batches.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.look import used_unreceived
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.probing import not_compiled, run_unheard
 from lightning_cpipe.tree import TemplateTable
 
@@ -70,8 +72,19 @@ class Looks:
 
         step = Step(STEP, call, True, mini_batch.seed, mini_batch.signature)
         passage = cut.steps[STEP].passages[stage]
-        with not_compiled(), self._stage_module.drawing(mini_batch.seed):
-            found = used_unreceived(self._module, step, passage, table, received, self._device)
+        try:
+            with not_compiled(), self._stage_module.drawing(mini_batch.seed):
+                found = used_unreceived(self._module, step, passage, table, received, self._device)
+        except CutError:
+            raise
+        except Exception as error:
+            # A forward takes less than a look. If it fails, too, it says so itself.
+            warnings.warn(
+                f"stage {stage} could not look whether mini-batch {mini_batch.number} uses what it does not receive:"
+                f" {in_words(error)}. It looks again later; until then such a use goes unseen.",
+                stacklevel=2,
+            )
+            return
         if found:
             before = "" if self._last is None else f" They did not for mini-batch {self._last}, when it looked last."
             raise CutError(
@@ -82,5 +95,4 @@ class Looks:
                 " comes later count from the beginning, or move the cut with `split_points` so that module and use lie"
                 " on one stage."
             )
-        if found is not None:
-            self._last = mini_batch.number
+        self._last = mini_batch.number

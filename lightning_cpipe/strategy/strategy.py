@@ -28,8 +28,8 @@ from typing_extensions import override
 from lightning_cpipe.engine.figures import StageFigures
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
-from lightning_cpipe.errors import CutError, LostNumbersError, PlanError
-from lightning_cpipe.probe.probe import Check, compares_gradients
+from lightning_cpipe.errors import PlanError
+from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.given import Given
@@ -38,14 +38,13 @@ from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
-from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap, let_tensors_into_the_heap
+from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.clipping import clip_by_whole_norm, clip_stage_by_stage
-from lightning_cpipe.strategy.cutting import accumulating, agree_on_cut
-from lightning_cpipe.strategy.ending import in_words
+from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
@@ -394,28 +393,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 yield
         except Exception as error:
             failed = error
-        failures = [each for each in control.compare(None if failed is None else in_words(failed)) if each]
-        if not failures and len(set(control.compare(blueprint.fingerprint))) > 1:
-            raise CutError(
-                "`configure_model` built another module, or drew other random numbers, on another rank. Let it follow"
-                " from the module's attributes alone, not from the rank, and draw from the global generators only."
-            )
-        if failures or (blueprint.hollow and compares_gradients(module, self._options.check)):
-            if kept_out:
-                let_tensors_into_the_heap()
-            # What is certain is said before, since the memory may not suffice. Any other error may be the user's own.
-            if sure := isinstance(failed, LostNumbersError):
-                _warn_of_a_whole(module, failures[0])
-            try:
-                blueprint.build_whole()
-            except Exception as error:
-                # The same without a thought of parts: it is told once.
-                error.__suppress_context__ |= failed is not None and in_words(error) == in_words(failed)
-                raise
-            if failures and not sure:
-                _warn_of_a_whole(module, failures[0])
-        elif blueprint.hollow:
-            self._blueprint = blueprint
+        self._blueprint = agree_on_blueprint(module, blueprint, failed, control, self._options.check, kept_out)
 
     def _configure_model(self) -> None:
         """As Lightning does, with no thought of other ranks."""
@@ -844,10 +822,3 @@ class ContinuousPipeStrategy(ParallelStrategy):
                     description=f"ContinuousPipe: a pipeline that is never flushed, `start_method` {start_method!r}",
                     start_method=start_method,
                 )
-
-
-def _warn_of_a_whole(module: pl.LightningModule, why: str) -> None:
-    rank_zero_warn(
-        f"{type(module).__name__} is built as a whole on each rank, since `configure_model` can't be run without the"
-        f" memory of all weights: {why}"
-    )

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_cpipe.schedules.continuous import Continuous
+from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed
 from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
+from tests.helpers.modules import make_optimizer, noise_loader
 from tests.helpers.reference import train_delayed
 
 SEED = 7
@@ -133,6 +136,30 @@ def require_equal_to_reference(
     require_same_bits(seen.weights, dict(whole.module.named_parameters()))
     require_same_bits(seen.found.buffers, dict(whole.module.named_buffers()))
     return ranks
+
+
+def require_equal_under_policy(
+    policy: str, p: int, accumulate: int, extra: int, module: Callable[..., pl.LightningModule], **options: Any
+) -> tuple[list[Seen], Continuous]:
+    """The same with a version policy, in three shuffled epochs.
+
+    Returns:
+        What the ranks saw, and the schedule that was trained.
+    """
+    optimizer = "adamw" if accumulate > 1 else "sgd"
+    ranks = require_equal_to_reference(
+        p,
+        partial(module, optimizer=optimizer),
+        partial(noise_loader, shuffle=True),
+        make_optimizer(optimizer, None),
+        epochs=(epochs := 3),
+        accumulate=accumulate,
+        extra_in_flight=extra,
+        versions=policy,
+        **options,
+    )
+    per_epoch = len(ranks[0].batches) // epochs
+    return ranks, Continuous(extra, accumulate, epoch_length=per_epoch, versions=POLICIES[policy])
 
 
 def names_on_stages(whole: TrainingStep, cut: Cut, batch: Any) -> tuple[list[list[str]], dict[str, str]]:

@@ -51,7 +51,7 @@ class LaterUse(nn.Module):
         return (h * (self.use(made, h) if self.counts else 1)).square().mean()
 
 
-def found(root: LaterUse) -> list[Value] | None:
+def found(root: LaterUse) -> list[Value]:
     """What a look at a later step finds on the last of two stages, which has its own weights alone."""
     cut = cut_of(root, (X,), 2, ["second"])
     keep_only(root, cut, 1)
@@ -118,7 +118,8 @@ def test_what_stays_on_the_root_module_is_a_result_too() -> None:
 
 
 def test_a_step_that_fails_by_itself_says_so_itself() -> None:
-    assert found(LaterUse(same, lambda value, h: {}["key"])) is None
+    with pytest.raises(KeyError, match="key"):
+        found(LaterUse(same, lambda value, h: {}["key"]))
 
 
 def test_nothing_is_changed_by_a_look() -> None:
@@ -139,7 +140,7 @@ def test_nothing_is_changed_by_a_look() -> None:
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in root.named_buffers())
 
 
-def test_memory_that_runs_out_tells_nothing() -> None:
+def test_memory_that_runs_out_is_no_use() -> None:
     """A look takes more of it than the forward that follows."""
 
     def use(value: Tensor, h: Tensor) -> int:
@@ -147,4 +148,5 @@ def test_memory_that_runs_out_tells_nothing() -> None:
             raise torch.OutOfMemoryError("no room for other numbers")
         return 1
 
-    assert found(LaterUse(same, use)) is None
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        found(LaterUse(same, use))

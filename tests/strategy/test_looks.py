@@ -161,8 +161,14 @@ def test_looks_are_at_powers_of_two() -> None:
 
 
 def test_the_last_look_that_is_told_of_is_one_that_came_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([[], None, [Value("net.0", 0, 0)]])
-    monkeypatch.setattr(looks, "used_unreceived", lambda *_: next(answers))
+    answers: Any = iter([[], MemoryError("no room"), [Value("net.0", 0, 0)]])
+
+    def answer(*_: Any) -> Any:
+        if isinstance(found := next(answers), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(looks, "used_unreceived", answer)
     cut = SimpleNamespace(steps={STEP: SimpleNamespace(passages=[None, None])}, starts=("net.2",))
     stage: Any = SimpleNamespace(cut=cut, stage=1, drawing=lambda seed: nullcontext())
     own = Looks(Chain(), stage, torch.device("cpu"))
@@ -172,6 +178,7 @@ def test_the_last_look_that_is_told_of_is_one_that_came_to_its_end(monkeypatch: 
         own.look(mini_batch, (), (), {})
 
     look(1)
-    look(2)
+    with pytest.warns(UserWarning, match="stage 1 could not look .* mini-batch 2 .*no room"):
+        look(2)
     with pytest.raises(CutError, match="They did not for mini-batch 1, when it looked last"):
         look(4)

@@ -13,11 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_cpipe import ContinuousPipeStrategy
-from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.schedules.policies import POLICIES
-from tests.helpers.comparing import require_equal_to_reference
+from tests.helpers.comparing import require_equal_under_policy
 from tests.helpers.fits import Notes, Numbers, Seen, fit_in_pipeline, quiet_trainer, require_same_bits
-from tests.helpers.modules import WIDTH, Chain, make_optimizer, noise_loader
+from tests.helpers.modules import WIDTH, Chain, noise_loader
 from tests.helpers.ranks import run_ranks
 
 # The last batch of an epoch has two samples: BatchNorm needs more than one.
@@ -81,19 +79,8 @@ def test_four_stages_give_the_same_bits_on_four_processes_on_two_and_on_one() ->
 )
 def test_one_process_equals_the_reference(policy: str, stages: int, accumulate: int, extra: int) -> None:
     """And every stage keeps the versions that the plan says, no more."""
-    optimizer = "adamw" if accumulate > 1 else "sgd"
-    seen = require_equal_to_reference(
-        stages,
-        partial(Chain, stages, dropout=0.2, optimizer=optimizer),
-        partial(noise_loader, shuffle=True),
-        make_optimizer(optimizer, None),
-        epochs=3,
-        accumulate=accumulate,
-        devices=1,
-        extra_in_flight=extra,
-        versions=policy,
-    )[0]
-    schedule = Continuous(extra, accumulate, epoch_length=len(seen.batches) // 3, versions=POLICIES[policy])
+    module = partial(Chain, stages, dropout=0.2)
+    (seen,), schedule = require_equal_under_policy(policy, stages, accumulate, extra, module, devices=1)
     assert seen.found.all_alive == [schedule.live_versions(stage, stages) for stage in range(stages)]
 
 
