@@ -23,8 +23,11 @@ from lightning_cpipe.schedules import Continuous, Given, GPipe, OneFOneB, Schedu
 from lightning_cpipe.schedules.comparison import Cost
 from lightning_cpipe.schedules.exchange import read_csv
 
-TWO_PARTS_PER_RANK = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules of torch in which a rank holds two parts of the model: from the front, and from the end."""
+SHAPED_AS_V = ("ZBVZeroBubble", "DualPipeV")
+"""Schedules of torch in which a rank holds two parts of the model: one from the front, one from the end."""
+
+TWO_PARTS_PER_RANK = ("Interleaved1F1B", *SHAPED_AS_V)
+"""Schedules of torch in which a rank holds two parts of the model."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,11 @@ class _Ends(pl.Callback):
 
 
 def ours(work: Work, rank: int, ranks: int, num_microbatches: int = 1, **options: Any) -> Outcome:
-    """ContinuousPipe inside Lightning's Trainer, with options of the strategy."""
-    strategy = ContinuousPipeStrategy(num_microbatches=num_microbatches, check="fills", **options)
+    """ContinuousPipe inside Lightning's Trainer, with options of the strategy.
+
+    Without looks: they come at powers of two, so often in a run as short as these that they hide the steady state.
+    """
+    strategy = ContinuousPipeStrategy(num_microbatches=num_microbatches, check="fills", looks=False, **options)
     outcome = _trained(work, ranks, strategy, work.shape)
     batches = work.batches if isinstance(strategy.schedule, Continuous) else num_microbatches
     outcome.price = Price.of(strategy.schedule, ranks, batches, num_microbatches)
@@ -205,11 +211,10 @@ def torch_schedule(work: Work, rank: int, ranks: int, name: str, micro_batches: 
 def _scheduled(work: Work, rank: int, ranks: int, name: str, micro_batches: int) -> Outcome:
     cls = pipelining.schedules.get_schedule_class(name)
     several = issubclass(cls, pipelining.schedules.PipelineScheduleMulti)
-    shaped_as_v = name in TWO_PARTS_PER_RANK
-    num_stages = 2 * ranks if shaped_as_v else ranks
+    num_stages = 2 * ranks if name in TWO_PARTS_PER_RANK else ranks
     per_stage = max(1, work.blocks // num_stages)
     blocks = work.chain()
-    mine = [rank, 2 * ranks - 1 - rank] if shaped_as_v else [rank]
+    mine = [rank, num_stages - 1 - rank] if name in SHAPED_AS_V else [*range(rank, num_stages, ranks)]
     modules = [nn.Sequential(*blocks[s * per_stage : (s + 1) * per_stage]) for s in mine]
     stages = [pipelining.PipelineStage(module, s, num_stages, torch.device("cpu")) for module, s in zip(modules, mine)]
     schedule = cls(stages if several else stages[0], micro_batches, loss_fn=nn.functional.mse_loss)

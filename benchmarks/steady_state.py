@@ -49,8 +49,8 @@ TWO_THREADS = "single process, 2 threads"
 PLAIN = "Lightning, 1 thread"
 DDP = "Lightning DDP"
 
-SAME_SCHEDULE = {"1F1B": "1f1b", "GPipe": "gpipe", "InterleavedZeroBubble": "zb"}
-"""Schedules of torch, and ours that run the same plan. With one stage per rank, torch's third one is ZB-H1."""
+SAME_SCHEDULE = {"1F1B": "1f1b", "GPipe": "gpipe", "Interleaved1F1B": "interleaved", "InterleavedZeroBubble": "zb"}
+"""Schedules of torch, and ours that run the same plan. With one stage per rank, torch's last one is ZB-H1."""
 
 SCHEDULES = (*SAME_SCHEDULE, "ZBVZeroBubble", "DualPipeV")
 """Those of torch."""

@@ -27,6 +27,7 @@ class Options:
     early_input_gradient: bool = False
     cross_epoch: bool = True
     check: Check = "auto"
+    looks: bool = True
     timeout: float = 60.0
     process_group_backend: str | None = None
     start_method: StartMethod = "popen"

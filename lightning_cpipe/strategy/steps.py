@@ -61,12 +61,13 @@ class Steps:
         self.running = False
         """Whether the user's `training_step` is running."""
 
-    def begin_training(self, schedule: Schedule, num_microbatches: int | None) -> TrainingStream:
+    def begin_training(self, schedule: Schedule, num_microbatches: int | None, looks: bool) -> TrainingStream:
         """Be ready to train the weights that are on this rank's stages.
 
         Args:
             schedule: who does what, when.
             num_microbatches: slices of a mini-batch; None where the schedule streams whole mini-batches.
+            looks: whether stages look for what they use and do not receive.
         """
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
@@ -75,7 +76,7 @@ class Steps:
         if num_microbatches is not None:
             self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
         training = self._run.train(schedule, source, self._run_training_step, self._micro_batches)
-        if self._several:
+        if self._several and looks:
             for stage, stream in training.stages.items():
                 stream.before_forward = partial(self._look, stage)
         return training

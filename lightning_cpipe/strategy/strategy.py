@@ -131,6 +131,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             with the uncut module's, gradients aside; ``full`` compares all gradients too; ``auto`` is ``full`` below
             50 million parameters. Where gradients are not compared, a module that `configure_model` builds is
             never whole on any rank.
+        looks: whether each stage looks again, before mini-batches 0, 1, 2, 4, 8, …, if the step begins to use what it
+            does not receive. Without, what the first mini-batch shows is trusted.
         timeout: seconds without a sign of life after which a rank counts as dead.
         process_group_backend: of the messages between stages; by default the device's own, gloo or nccl.
         start_method: how ranks are started: ``popen`` for scripts, ``spawn`` or ``fork`` elsewhere.
@@ -158,6 +160,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         early_input_gradient: bool = False,
         cross_epoch: bool = True,
         check: Check = "auto",
+        looks: bool = True,
         timeout: float = 60.0,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -194,6 +197,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             early_input_gradient=early_input_gradient,
             cross_epoch=cross_epoch,
             check=check,
+            looks=looks,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -453,7 +457,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
-            training = steps.begin_training(schedule, self._options.num_microbatches if flushes else None)
+            micro_batches = self._options.num_microbatches if flushes else None
+            training = steps.begin_training(schedule, micro_batches, self._options.looks)
             training.last.news.hand_raised = lambda: self._hand_raised
             sharing.hand_raised = training.last.news.is_hand_raised
 

@@ -72,6 +72,12 @@ def test_what_is_used_later_without_a_gradient_is_refused_by_name(
     assert not [part for part in parts if part not in said], said
 
 
+def test_who_trusts_the_first_mini_batch_can_do_without() -> None:
+    make = partial(BeginsLater, Tensor.detach)
+    with_looks_off = {"split_points": ["net.2"], "looks": False}
+    fit_in_pipeline(2, make, EVEN, strategy=with_looks_off, max_epochs=1)
+
+
 class LogsLater(Chain):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
