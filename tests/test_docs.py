@@ -78,6 +78,25 @@ def test_the_errors_of_the_table_are_said() -> None:
     assert [quote for quote in quoted if quote not in everything] == []
 
 
+def test_what_the_first_stage_pays_is_what_the_schedule_says() -> None:
+    rows = re.findall(
+        r"^\| ([a-z][^|]*?) \| (\d+) \| (\d+) \| (\d+) \|$", (PACKAGE.parent / "README.md").read_text(), re.MULTILINE
+    )
+    shown = {name: [int(each) for each in numbers] for name, *numbers in rows}
+    sizes = (2, 4, 8)
+    plain = [Continuous() for _ in sizes]
+    accumulating = [Continuous(accumulate=p) for p in sizes]
+    assert shown == {
+        "mini-batches whose activations it keeps": [each.in_flight(0, p, 100) for each, p in zip(plain, sizes)],
+        "versions of its weights that it keeps": [each.live_versions(0, p) for each, p in zip(plain, sizes)],
+        "updates by which its gradients are late": [each.most_delay(0, p) for each, p in zip(plain, sizes)],
+        "versions with `accumulate_grad_batches=p`": [each.live_versions(0, p) for each, p in zip(accumulating, sizes)],
+        "updates late with `accumulate_grad_batches=p`": [
+            each.most_delay(0, p) for each, p in zip(accumulating, sizes)
+        ],
+    }
+
+
 def test_the_costs_of_the_version_policies_are_those_of_the_schedule() -> None:
     table = (DOCS / "versions.md").read_text().partition("| updates late |")[2].partition("\n\n")[0]
     rows = [line.strip("| ").replace("`", "").split(" | ") for line in table.splitlines()[2:]]

@@ -47,6 +47,7 @@ class Continuous(Schedule):
     versions: VersionPolicy = STASH
 
     name: ClassVar[str] = "continuous"
+    streams: ClassVar[bool] = True
     unit: ClassVar[str] = "mini-batch"
     mark: ClassVar[str] = "M"
 

@@ -16,6 +16,7 @@ from lightning_cpipe.schedules.schedule import Schedule
 class Flushed(Schedule, ABC):
     """What the flush schedules have in common: one update per plan, so no delay and one version."""
 
+    streams: ClassVar[bool] = False
     unit: ClassVar[str] = "micro-batch"
 
     @property

@@ -31,6 +31,7 @@ class Given(Schedule):
     given: Plan
 
     name: ClassVar[str] = "given"
+    streams: ClassVar[bool] = False
     unit: ClassVar[str] = "batch"
 
     def __post_init__(self) -> None:

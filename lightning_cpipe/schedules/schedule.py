@@ -31,6 +31,8 @@ class Schedule(ABC):
     stages_per_rank: int = field(default=1, kw_only=True)
 
     name: ClassVar[str]
+    streams: ClassVar[bool]
+    """Whether it streams whole mini-batches and is never flushed; then its plan is that of a whole run."""
     unit: ClassVar[str]
     """What one action is about: ``mini-batch`` or ``micro-batch``."""
     mark: ClassVar[str] = ""

@@ -232,8 +232,7 @@ def memory_needs(
     # An epoch that accumulation does not divide ends with an update of its own.
     divides = length == math.inf or int(length) % accumulate == 0
     schedule = accumulating(schedule, accumulate, None if divides else int(length))
-    streams = isinstance(schedule, Continuous)
-    num_batches = sys.maxsize if streams else num_microbatches
+    num_batches = sys.maxsize if schedule.streams else num_microbatches
     return MemoryNeeds(schedule, num_stages, max(multiples, default=0.0), limit, num_batches)
 
 

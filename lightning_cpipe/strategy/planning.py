@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_cpipe.balance.forecast import Forecast, forecast
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import probe
-from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.strategy.cutting import memory_needs, probe_steps
 from lightning_cpipe.strategy.lightning_private import TunerExit, set_num_threads_if_needed
 from lightning_cpipe.strategy.loops import fetcher_of
@@ -41,7 +40,7 @@ class Planning(ContinuousPipeStrategy):
 
     @override
     def refuse_early(self, trainer: pl.Trainer) -> None:
-        if not isinstance(self._schedule, Continuous):
+        if not self._schedule.streams:
             refuse([f"schedule={self._schedule.name!r}: only the continuous schedule can be forecast. Leave it out."])
         self._refuse(trainer, self._planned_stages, self._planned_stages)
         # As many as each process of the pipeline will have, before the launcher sets those of a single one.

@@ -340,7 +340,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
                 f" Set `devices={self.num_stages}` for a process each; the numbers are the same."
             )
-        if self.num_stages > 1 and clips_by_norm(trainer) and isinstance(self._schedule, Continuous):
+        if self.num_stages > 1 and clips_by_norm(trainer) and self._schedule.streams:
             rank_zero_warn(
                 f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
                 " norm over all stages is known only after the first stage's backward, too late for the others."
@@ -438,7 +438,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         schedule = self.schedule
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
-        ahead = self._lag if isinstance(schedule, Continuous) else self._options.num_microbatches
+        ahead = self._lag if schedule.streams else self._options.num_microbatches
         lanes = self.processes.lanes(room_on_lanes(ahead), ties)
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
         # What is decided goes from each rank's last stages to those of the next one, until all have heard.
@@ -449,15 +449,14 @@ class ContinuousPipeStrategy(ParallelStrategy):
         undo: list[Callable[[], None]] = []
         if self.num_stages > 1:
             undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stages)
-        flushes = not isinstance(schedule, Continuous)
-        if flushes and fitting and whole is not None:
+        if not schedule.streams and fitting and whole is not None:
             clip = partial(clip_by_whole_norm, whole, self.processes.control)
             undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
         elif fitting and len(self.stages) > 1:
             undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
         if fitting:
-            micro_batches = self._options.num_microbatches if flushes else None
+            micro_batches = None if schedule.streams else self._options.num_microbatches
             training = steps.begin_training(schedule, micro_batches, self._options.looks)
             training.last.news.hand_raised = lambda: self._hand_raised
             sharing.hand_raised = training.last.news.is_hand_raised
@@ -502,7 +501,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         changes = any(isinstance(each, _CHANGES_AT_EPOCHS) for each in callbacks_of(trainer))
         # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
         several = self.num_stages > 1 and self._stream is not None
-        ahead = several and isinstance(self._schedule, Continuous)
+        ahead = several and self._schedule.streams
         return LookaheadFetcher(
             trainer,
             lag=self._lag if ahead else 0,

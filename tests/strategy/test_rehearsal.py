@@ -208,6 +208,33 @@ def test_split_backwards_are_rehearsed_too() -> None:
         require_same(rehearsed, whole)
 
 
+@pytest.mark.full
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("strategy", "accumulate"),
+    [
+        ({}, 1),
+        ({"early_input_gradient": True}, 1),
+        ({"extra_in_flight": 1}, 3),
+        ({"versions": "latest"}, 1),
+        ({"versions": "vertical"}, 3),
+        ({"versions": "2bw"}, 7),
+        ({"schedule": "gpipe", "num_microbatches": 3}, 1),
+        ({"schedule": "1f1b", "num_microbatches": 3}, 2),
+        ({"schedule": "zb", "num_microbatches": 3}, 1),
+    ],
+    ids=lambda each: "-".join(map(str, each.values())) if isinstance(each, dict) else str(each),
+)
+def test_eight_stages_on_fewer_devices_have_the_bits_of_eight_processes(
+    strategy: dict[str, Any], accumulate: int
+) -> None:
+    module = partial(Chain, 8, dropout=0.2, noise=True)
+    options = {"stages": 8, "strategy": strategy, "accumulate_grad_batches": accumulate}
+    a_process_each, *fewer = (fit_on(devices, module, **options) for devices in (8, 4, 2, 1))
+    for rehearsed in fewer:
+        require_same(rehearsed, a_process_each)
+
+
 def test_words_about_a_rank_name_all_its_stages() -> None:
     strategy = ContinuousPipeStrategy(num_stages=4, parallel_devices=[torch.device("cpu")] * 2)
     assert [strategy.named_stages_of(rank) for rank in range(2)] == ["2-3", "0-1"]
