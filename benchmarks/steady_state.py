@@ -42,6 +42,7 @@ from tests.helpers.ranks import run_ranks
 
 OURS = "ours"
 EARLY = "ours, early_input_gradient"
+TWICE = "ours, 2 stages per rank"
 EXTRA = "ours, extra_in_flight=1"
 INDEPENDENT = "two independent processes"
 ONE_THREAD = "single process, 1 thread"
@@ -67,7 +68,7 @@ def flushed(schedule: str) -> str:
 
 
 CONTESTANTS = (
-    *(OURS, EARLY, EXTRA),
+    *(OURS, EARLY, TWICE, EXTRA),
     *map(flushed, SAME_SCHEDULE.values()),
     *map(torchs, SCHEDULES),
     *(INDEPENDENT, ONE_THREAD, TWO_THREADS, PLAIN, DDP),
@@ -154,6 +155,7 @@ def emulated_runs(rounds: int, stages: tuple[int, ...], only: tuple[str, ...]) -
         of_p: Race = {
             OURS: race_of(work(p, batches), p, ours),
             EARLY: race_of(work(p, batches), p, ours, early_input_gradient=True),
+            TWICE: race_of(work(p, batches, 2), p, ours, num_stages=2 * p),
             **pipelines(partial(work, p, peers_batches), p),
         }
         if p == 2:
@@ -168,7 +170,7 @@ def emulated_runs(rounds: int, stages: tuple[int, ...], only: tuple[str, ...]) -
         if not of_stages:
             continue
         times = {
-            name: [period(each, 4 if name in (OURS, EARLY) else 1) for each in outcomes]
+            name: [period(each, 4 if name in (OURS, EARLY, TWICE) else 1) for each in outcomes]
             for name, outcomes in of_stages.items()
         }
         by_stages[p] = compared(of_stages, times, one)
@@ -194,6 +196,7 @@ def real(rounds: int, only: tuple[str, ...]) -> dict[str, Any]:
     race: Race = {
         OURS: race_of(work, 2, ours),
         EARLY: race_of(work, 2, ours, early_input_gradient=True),
+        TWICE: race_of(work, 2, ours, num_stages=4),
         EXTRA: race_of(work, 2, ours, extra_in_flight=1),
         INDEPENDENT: race_of(work, 2, plain_loop),
         ONE_THREAD: race_of(work, 1, plain_loop),
