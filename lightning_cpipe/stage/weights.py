@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -127,13 +128,18 @@ def copies_for(root: nn.Module, cut: Cut, stage: int, stages: Sequence[int]) -> 
     }
 
 
-def room_for_absent(root: nn.Module) -> dict[str, Tensor]:
-    """What every absent parameter's numbers may be loaded into, and are lost in; by name."""
-    return {
+@contextmanager
+def room_for_all(root: nn.Module) -> Iterator[None]:
+    """Inside, numbers of the whole module can be loaded into it; those of absent parameters are lost."""
+    room = {
         name: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         for name, parameter in root.named_parameters()
         if isinstance(parameter, AbsentParameter)
     }
+    with standing_in(root, room), warnings.catch_warnings():
+        # So it is meant.
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        yield
 
 
 def held_by(root: nn.Module, cut: Cut, *stages: int) -> dict[str, Tensor]:

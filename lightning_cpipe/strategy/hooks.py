@@ -1,15 +1,16 @@
 """Which hooks run on which stage.
 
 Hooks fire on every rank, each at its own local step. Those that need what a step returned or left behind run where
-that is: on the last stage, which is rank 0.
+that is: on the last stage, which is rank 0. A hook that goes over the module's parameters sees those of its own stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -17,15 +18,47 @@ from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.strategy.lightning_private import callbacks_of, hide_advice_to_sync, instead_of
+from lightning_cpipe.stage.view import View
+from lightning_cpipe.strategy.lightning_private import (
+    AVERAGING,
+    callbacks_of,
+    hide_advice_to_sync,
+    instead_of,
+    rate_pipelines,
+)
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.step_names import STEPS
 
+_OF_CALLBACKS = frozenset(
+    name
+    for name in vars(pl.Callback)
+    if name.startswith("on_") and "checkpoint" not in name and name not in ("on_exception", "on_fit_end")
+)
+
+_OF_MODULE = (_OF_CALLBACKS & set(dir(pl.LightningModule))) | {
+    "configure_gradient_clipping",
+    "lr_scheduler_step",
+    "on_validation_model_eval",
+    "on_validation_model_train",
+    "on_validation_model_zero_grad",
+    "optimizer_step",
+    "optimizer_zero_grad",
+}
+
+
+def view_of_hooks() -> View:
+    """What hooks see of the module's parameters; rank 0 says once of each hook that it sees a part."""
+    return View(
+        lambda hook: rank_zero_info(
+            f"{hook} goes over the module's parameters: on each rank, over those of its own stages. All ranks run it."
+        )
+    )
+
 
 def arrange_hooks(
-    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing
+    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing, view: View
 ) -> list[Callable[[], None]]:
-    """Let each hook run where it belongs.
+    """Let each hook run where it belongs, and see what is there.
 
     - Only the last stage logs. What it logged, `Sharing` lets the others know.
     - Hooks that need what only the last stage has run there only, see `_of_last_stage`.
@@ -34,8 +67,11 @@ def arrange_hooks(
     Returns:
         Functions that undo it.
     """
+    for callback in callbacks_of(trainer):
+        rate_pipelines(callback, 1, trainer.world_size)
+    undo = list(_show_own(trainer, module, view))
     # Metrics are the same on all ranks here.
-    undo = [hide_advice_to_sync(), *_keep_metrics_apart(trainer, module)]
+    undo += [hide_advice_to_sync(), *_keep_metrics_apart(trainer, module)]
     here_alone = _of_last_stage(trainer, module, cut)
     if sharing.leads:
         undo += [instead_of(owner, hook, _unheard(getattr(owner, hook), sharing)) for owner, hook in here_alone]
@@ -64,9 +100,11 @@ def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) ->
     - The module's at the end of an epoch, if the step leaves something behind on the last stage alone, such as a list
       of outputs.
     - Those that change a checkpoint, which rank 0 alone has the whole of.
+
+    Of callbacks that average weights, every hook runs everywhere.
     """
     found: dict[tuple[int, str], Any] = {}
-    for owner in (module, *callbacks_of(trainer)):
+    for owner in (module, *(each for each in callbacks_of(trainer) if not isinstance(each, AVERAGING))):
         found[id(owner), "on_save_checkpoint"] = owner
         for step, names in STEPS.items():
             if step != "training_step" and is_overridden(names.batch_end, owner):
@@ -76,6 +114,26 @@ def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) ->
         found |= {(id(module), names.batch_end): module} if of_step.returns_more else {}
         found |= {(id(module), names.epoch_end): module} if of_step.leaves_behind else {}
     return [(owner, hook) for (_, hook), owner in found.items() if is_overridden(hook, owner)]
+
+
+def _show_own(trainer: pl.Trainer, module: pl.LightningModule, view: View) -> Iterator[Callable[[], None]]:
+    """Let hooks see the parameters that are here; Lightning's own callbacks only where they average them."""
+    for owner, hooks in ((module, _OF_MODULE), *((each, _OF_CALLBACKS) for each in callbacks_of(trainer))):
+        of_lightning = type(owner).__module__.startswith("lightning.")
+        if of_lightning and not isinstance(owner, (AVERAGING, LambdaCallback)):
+            continue
+        for hook in sorted(hooks):
+            if is_overridden(hook, owner):
+                name = "" if isinstance(owner, AVERAGING) else f"{type(owner).__name__}.{hook}"
+                yield instead_of(owner, hook, _seeing_own(getattr(owner, hook), view, name))
+
+
+def _seeing_own(users_hook: Callable[..., Any], view: View, name: str) -> Callable[..., Any]:
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        with view.of_own(name):
+            return users_hook(*args, **kwargs)
+
+    return hook
 
 
 def _unheard(users_hook: Callable[..., Any], sharing: Sharing) -> Callable[..., Any]:

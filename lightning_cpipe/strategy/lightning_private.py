@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +23,7 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary
+from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, StochasticWeightAveraging, ThroughputMonitor
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -40,11 +40,13 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 __all__ = [
+    "AVERAGING",
     "AutomaticOptimization",
+    "Average",
     "DataFetcher",
     "EvaluationLoop",
     "FitLoop",
@@ -54,8 +56,10 @@ __all__ = [
     "TrainingEpochLoop",
     "TunerExit",
     "adopt",
+    "after_loading_average",
     "as_of",
     "attach_for_training",
+    "averages_of",
     "callbacks_of",
     "combined_loader_of",
     "default_backend_for",
@@ -69,6 +73,7 @@ __all__ = [
     "logging_for",
     "optimizers_to_device",
     "prepare_batch",
+    "rate_pipelines",
     "reduction_of",
     "reloads_loaders_at",
     "seed_workers",
@@ -86,6 +91,13 @@ __all__ = [
 ]
 
 Loop = TypeVar("Loop")
+
+AVERAGING: tuple[type[Any], ...] = (
+    StochasticWeightAveraging,
+    # There is none before Lightning 2.6.
+    getattr(pl.callbacks, "WeightAveraging", StochasticWeightAveraging),
+)
+"""The callbacks that average weights."""
 
 
 def adopt(cls: type[Loop], original: Any) -> Loop:
@@ -175,6 +187,64 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     """The trainer's callbacks, an attribute that it has without declaring it."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+class Average(NamedTuple):
+    """A callback that averages weights.
+
+    Attributes:
+        callback: which.
+        copy: of the whole module; its weights are the averages.
+        saves: the method that gives the copy's state to a checkpoint.
+        loads: the method that takes it from one.
+        exchanges: the hooks that write into the module's weights while it trains.
+    """
+
+    callback: pl.Callback
+    copy: nn.Module
+    saves: str
+    loads: str
+    exchanges: tuple[str, ...]
+
+
+def averages_of(callbacks: Iterable[pl.Callback]) -> list[Average]:
+    """Those of the callbacks that hold an average."""
+    found = []
+    for callback in callbacks:
+        if isinstance(callback, AVERAGING) and (average := callback._average_model) is not None:
+            if isinstance(callback, StochasticWeightAveraging):
+                found.append(Average(callback, average, "state_dict", "load_state_dict", ()))
+            else:
+                exchanges = ("on_validation_epoch_start", "on_validation_epoch_end")
+                found.append(Average(callback, average.module, "on_save_checkpoint", "on_load_checkpoint", exchanges))
+    return found
+
+
+def after_loading_average(trainer: pl.Trainer, average: Average) -> None:
+    """Do what Lightning would have done when the fit started, had the average been loaded before that.
+
+    From its start on, the scheduler of `StochasticWeightAveraging` is in the place of the user's, and in a checkpoint.
+    """
+    callback = average.callback
+    if isinstance(callback, StochasticWeightAveraging) and callback._scheduler_state is not None:
+        callback._clear_schedulers(trainer)
+
+
+def rate_pipelines(callback: pl.Callback, pipelines: int, ranks: int) -> None:
+    """Let Lightning's own `ThroughputMonitor` count each sample once, if this is one.
+
+    It multiplies what rank 0 counts by the number of ranks, and compares with what one device can do.
+
+    Args:
+        callback: any, after its `setup`.
+        pipelines: that run side by side on samples of their own; what it calls a device is one of them.
+        ranks: of each pipeline.
+    """
+    if isinstance(callback, ThroughputMonitor):
+        for throughput in callback._throughputs.values():
+            throughput.world_size = pipelines
+            if callback.available_flops is not None:
+                throughput.available_flops = callback.available_flops * ranks
 
 
 def attach_for_training(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -7,7 +7,13 @@ from typing import Any, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -31,8 +37,6 @@ LATER = "A later version will support it."
 
 _TOLD_FAULTS = 5
 """So many of a plan's faults are told; one mistake makes many."""
-
-_AVERAGING = ("StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging")
 
 
 def refuse(reasons: Iterable[str]) -> None:
@@ -176,16 +180,30 @@ def reasons_in_trainer(
     for step in STEPS:
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
             yield f"`{step}(self, dataloader_iter)`: take `batch` and `batch_idx` instead."
+    if num_stages > 1 and any(isinstance(each, BatchSizeFinder) for each in callbacks_of(trainer)):
+        yield (
+            "BatchSizeFinder: it tries larger and larger batches until memory runs out, and where that happens on one"
+            " rank, the others wait for it. `cpipe plan` tells what each stage takes; `memory_limit` makes sure of it."
+        )
     if not trainer.training:
         return
-    averaging = [type(each).__name__ for each in callbacks_of(trainer) if type(each).__name__ in _AVERAGING]
-    if averaging and num_stages > 1:
-        yield f"{averaging[0]}: it copies and averages the whole module, of which each rank has one stage. {LATER}"
+    averaging = any(isinstance(each, StochasticWeightAveraging) for each in callbacks_of(trainer))
+    if averaging and num_stages > 1 and StochasticWeightAveraging.pl_module_contains_batch_norm(module):
+        yield (
+            "StochasticWeightAveraging of a module with BatchNorm: its last epoch has forwards without backwards, to"
+            " measure the statistics anew. Take `WeightAveraging`, which averages them with the weights."
+        )
     finetuning = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, BaseFinetuning)]
     if finetuning and num_stages > 1:
         yield (
             f"{finetuning[0]}: the weights that are trained are settled when the module is cut, and it unfreezes some"
             f" later. Fit twice, with the weights unfrozen (`requires_grad_(True)`) in between. {LATER}"
+        )
+    pruning = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, ModelPruning)]
+    if pruning and num_stages > 1:
+        yield (
+            f"{pruning[0]}: it chooses among the weights of all stages, and gives those that it prunes other names,"
+            " while the stages' parts are joined by name. Prune before or after `fit`, with `torch.nn.utils.prune`."
         )
     if trainer.checkpoint_callbacks and num_stages > 1 and (names := _parts_among_hyperparameters(module)):
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_cpipe.stage.view import View
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.stage_run import StageRun
@@ -21,6 +22,7 @@ class RunAtHand:
         steps: its steps.
         sharing: its share in the talk of what the last stage logs and decides.
         whole: its share in the whole module; None where there is one stage.
+        view: what the module shows of its parameters.
         undo: leaves Lightning's objects as they were; called in reverse, each once.
     """
 
@@ -28,6 +30,7 @@ class RunAtHand:
     steps: Steps
     sharing: Sharing
     whole: Whole | None
+    view: View
     undo: list[Callable[[], None]]
 
     def end(self) -> list[State] | None:

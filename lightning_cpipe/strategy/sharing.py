@@ -304,11 +304,13 @@ def _in_numbers(*groups: dict[str, Tensor]) -> list[Numbers]:
     return [dict(zip(group, values)) for group in groups]
 
 
-def _fetched(scalars: Sequence[Tensor]) -> list[float]:
-    if not any(scalar.is_cuda for scalar in scalars):
+def _fetched(scalars: Sequence[Tensor | float]) -> list[float]:
+    """What a callback gives to loggers may be plain numbers."""
+    on_device = [each for each in scalars if isinstance(each, Tensor) and each.is_cuda]
+    if not on_device:
         return [float(scalar) for scalar in scalars]
-    fetched: list[float] = torch.stack([scalar.detach().reshape(()).double() for scalar in scalars]).tolist()
-    return fetched
+    fetched = iter(torch.stack([scalar.detach().reshape(()).double() for scalar in on_device]).tolist())
+    return [next(fetched) if isinstance(each, Tensor) and each.is_cuda else float(each) for each in scalars]
 
 
 def _tensors(numbers: Numbers) -> dict[str, Tensor]:

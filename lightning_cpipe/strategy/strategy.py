@@ -41,12 +41,13 @@ from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
 from lightning_cpipe.stage.randomness import Stream, get_state, set_state
 from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.clipping import clip_by_whole_norm, clip_stage_by_stage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
-from lightning_cpipe.strategy.hooks import arrange_hooks
+from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
 from lightning_cpipe.strategy.lightning_private import (
     callbacks_of,
@@ -429,12 +430,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if cut.num_stages > 1:
             # An evaluation has none; those of a fit before may still be here.
             optimizers = self.optimizers if fitting else []
-            whole = Whole(module, optimizers, cut, self.processes, stays_in_parts=in_parts)
+            averages = Averages(trainer, module, cut, self.processes)
+            whole = Whole(module, optimizers, cut, self.processes, averages, stays_in_parts=in_parts)
             whole.take_apart()
         self.model_to_device()
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
+        view = view_of_hooks()
+        undo = [view.open()]
         schedule = self.schedule
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
@@ -446,15 +450,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
-        undo: list[Callable[[], None]] = []
-        if self.num_stages > 1:
-            undo = arrange_hooks(trainer, module, cut, sharing) + show_stages(trainer, module, cut, self.stages)
+        if whole is not None:
+            undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
+            undo += whole.averages.arrange(view, sharing, stage_run.follow)
         if not schedule.streams and fitting and whole is not None:
             clip = partial(clip_by_whole_norm, whole, self.processes.control)
             undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
         elif fitting and len(self.stages) > 1:
             undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
-        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, undo)
+        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, undo)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
             training = steps.begin_training(schedule, micro_batches, self._options.looks)
@@ -581,7 +585,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        with self.at_hand.steps.updating():
+        # It runs inside a hook, and the closure inside of it.
+        with self.at_hand.view.of_all(), self.at_hand.steps.updating():
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
     @override
@@ -657,7 +662,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if (whole := self._taken_apart) is None:
             return super().lightning_module_state_dict()
         self.at_hand.sharing.before_collective()
-        return whole.state_dict()
+        # A hook may save.
+        with self.at_hand.view.of_all():
+            return whole.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> State:

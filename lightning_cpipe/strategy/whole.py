@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,10 +18,11 @@ from lightning_cpipe.stage.weights import (
     keep_only,
     keep_true_alone,
     make_room,
-    room_for_absent,
+    room_for_all,
     standing_in,
     unfreeze_stand_ins,
 )
+from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.checkpoint import (
     GroupOrder,
     State,
@@ -43,6 +43,7 @@ class Whole:
         optimizers: of all parameters; none if nothing is trained.
         cut: how the module will be cut.
         processes: this rank among the others.
+        averages: of its weights.
         stays_in_parts: whether the module is too big to be put together on one rank.
     """
 
@@ -52,6 +53,7 @@ class Whole:
         optimizers: Sequence[Optimizer],
         cut: Cut,
         processes: Processes,
+        averages: Averages,
         *,
         stays_in_parts: bool = False,
     ) -> None:
@@ -61,6 +63,7 @@ class Whole:
         self._stages = processes.stages
         self._control = processes.control
         self._held = processes.held
+        self.averages = averages
         self.stays_in_parts = stays_in_parts
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._orders = [GroupOrder(optimizer, self._names) for optimizer in self._optimizers]
@@ -71,6 +74,7 @@ class Whole:
         owned = [p for name, p in self._module.named_parameters() if self._cut.homes[name][0] in self._stages]
         for optimizer in self._optimizers:
             keep_own_parameters(optimizer, owned)
+        self.averages.take_apart()
 
     def state_dict(self) -> State:
         """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.
@@ -105,9 +109,7 @@ class Whole:
         The module loads all of it, as it would uncut, since its hooks may know entries by other names. What is of
         other stages is dropped.
         """
-        with standing_in(self._module, room_for_absent(self._module)), warnings.catch_warnings():
-            # So it is meant.
-            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        with room_for_all(self._module):
             self._module.load_state_dict(state_dict, strict)
 
     def own_optimizer_states(self, states: Sequence[State]) -> list[State]:
@@ -132,6 +134,7 @@ class Whole:
             for name, buffer in self._module.named_buffers():
                 self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._held))
             return []
+        self.averages.put_together()
         everyones = self._collect_numbers()
         states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()

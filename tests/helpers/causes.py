@@ -27,13 +27,15 @@ def cause(
     where: str = "during set-up",
     entry: str = "fit",
     callbacks: Sequence[pl.Callback] = (),
+    checkpoints: bool = False,
     **strategy: Any,
 ) -> str:
     """The one sentence that a run on forked ranks ends with."""
     # torch tells at length how it ends the other ranks.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     chosen = ContinuousPipeStrategy(start_method="fork", **strategy)
-    trainer = quiet_trainer(strategy=chosen, devices=devices, max_epochs=epochs, callbacks=list(callbacks))
+    of_trainer = {"max_epochs": epochs, "callbacks": list(callbacks), "enable_checkpointing": checkpoints}
+    trainer = quiet_trainer(strategy=chosen, devices=devices, **of_trainer)
     # Lightning leaves the port there.
     with mock.patch.dict(os.environ), pytest.raises(RankLostError) as caught:
         getattr(trainer, entry)(module, data or noise_loader(), *([] if val is None else [val]))

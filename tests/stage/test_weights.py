@@ -19,7 +19,7 @@ from lightning_cpipe.stage.weights import (
     held_by,
     keep_only,
     make_room,
-    room_for_absent,
+    room_for_all,
     standing_in,
     unfreeze_stand_ins,
 )
@@ -139,12 +139,15 @@ def test_other_numbers_stand_in_for_a_while() -> None:
     assert all(now is before for (_, now), (_, before) in zip(again, own, strict=True))
 
 
-def test_there_is_room_for_what_is_absent() -> None:
+def test_numbers_of_all_can_be_loaded_where_some_are_absent() -> None:
     module = Module().to(torch.float64)
     keep_only(module, CUT, 1)
-    room = room_for_absent(module)
-    assert {name: tensor.shape for name, tensor in room.items()} == {"first.weight": (2, 2), "first.bias": (2,)}
-    assert {tensor.dtype for tensor in room.values()} == {torch.float64}
+    before = module.first.weight
+    with room_for_all(module):
+        assert (module.first.weight.shape, module.first.weight.dtype) == ((2, 2), torch.float64)
+        module.load_state_dict({name: torch.ones_like(each) for name, each in Module().state_dict().items()})
+    assert module.first.weight is before
+    assert module.second.weight.tolist() == [1, 1]
 
 
 def test_everything_is_held_by_one_stage() -> None:

@@ -11,7 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -54,7 +60,15 @@ OPTIONS = [
 ]
 
 
-class Manual(Chain):
+class Normed(Chain):
+    """Keeps statistics of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+
+class Manual(Normed):
     """Steps its optimizer itself."""
 
     def __init__(self) -> None:
@@ -74,12 +88,8 @@ class ValidatesIterator(Chain):
         next(dataloader_iter)
 
 
-class Unfreezes(BaseFinetuning):
-    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, *_: Any) -> None:
-        pass
+class Unfreezes(BackboneFinetuning):
+    """By another name."""
 
 
 TRAINERS: list[Any] = [
@@ -92,6 +102,13 @@ TRAINERS: list[Any] = [
         ["Unfreezes", "settled when the module is cut", "Fit twice"],
         True,
     ),
+    (
+        Chain,
+        lambda: {"callbacks": [ModelPruning("l1_unstructured")]},
+        ["ModelPruning", "other names", "torch.nn.utils.prune"],
+        False,
+    ),
+    (Chain, lambda: {"callbacks": [BatchSizeFinder()]}, ["BatchSizeFinder", "runs out", "`cpipe plan`"], False),
     (Chain, lambda: {"sync_batchnorm": True}, ["sync_batchnorm=True", "nothing to synchronise", "Leave it out"], False),
     (
         Chain,
@@ -100,10 +117,10 @@ TRAINERS: list[Any] = [
         True,
     ),
     (
-        Chain,
+        Normed,
         lambda: {"callbacks": [StochasticWeightAveraging(0.01)]},
-        ["StochasticWeightAveraging", "whole module", "one stage"],
-        True,
+        ["StochasticWeightAveraging of a module with BatchNorm", "forwards without backwards", "`WeightAveraging`"],
+        False,
     ),
 ]
 
@@ -209,7 +226,7 @@ def test_all_reasons_are_listed_at_once() -> None:
         flags |= {key: value for key, value in options().items() if key != "callbacks"}
     said += [parts for module, _, parts, _ in TRAINERS if module not in (TakesIterator, ValidatesIterator)]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 16
+    assert len(reasons) == len(said) == 18
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 

@@ -1,0 +1,121 @@
+"""Averages of the weights, stage by stage.
+
+Lightning's averaging callbacks copy the whole module when a fit is set up, before it is cut. The copy is cut like the
+module, so that each rank averages the weights of its own stages, at its own step. Where a copy is saved or loaded it is
+the whole module's, as in plain Lightning.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_cpipe.stage.absent import AbsentParameter
+from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.view import View
+from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, room_for_all, standing_in
+from lightning_cpipe.strategy.lightning_private import (
+    Average,
+    after_loading_average,
+    averages_of,
+    callbacks_of,
+    instead_of,
+)
+from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.sharing import Sharing
+
+
+class Averages:
+    """One rank's share in the averaged copies.
+
+    Args:
+        trainer: whose callbacks made them.
+        module: cut already.
+        cut: how.
+        processes: this rank among the others.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, processes: Processes) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._cut = cut
+        self._control = processes.control
+        self._stages = processes.stages
+        self._averages = averages_of(callbacks_of(trainer))
+
+    def take_apart(self) -> None:
+        """Cut the copies like the module, whose numbers they have: rank 0's, where each rank made its own."""
+        numbers: dict[str, Tensor] = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        here = {name: each for name, each in numbers.items() if not isinstance(each, AbsentParameter)}
+        for average in self._averages:
+            # In an evaluation after a fit they may have been cut before.
+            make_room(average.copy)
+            keep_only(average.copy, self._cut, *self._stages)
+            fill(average.copy, here)
+
+    def arrange(self, view: View, sharing: Sharing, follow: Callable[[], None]) -> list[Callable[[], None]]:
+        """Let the callbacks see the weights that are here, but save and load the whole.
+
+        Args:
+            view: what modules show.
+            sharing: this rank's share of the talk.
+            follow: to be called when weights of the module were exchanged.
+
+        Returns:
+            Functions that undo it.
+        """
+        undo = []
+        for average in self._averages:
+            callback = average.callback
+            undo += [
+                instead_of(callback, average.saves, self._saving_whole(average, view, sharing)),
+                instead_of(callback, average.loads, self._loading_whole(average, follow)),
+                *(instead_of(callback, hook, _then(getattr(callback, hook), follow)) for hook in average.exchanges),
+            ]
+        return undo
+
+    def put_together(self) -> None:
+        """Make the copies of rank 0 whole; all ranks must call it."""
+        for average in self._averages:
+            if everyones := self._control.collect(held_by(average.copy, self._cut, *self._stages)):
+                make_room(average.copy)
+                for numbers in everyones:
+                    fill(average.copy, numbers)
+
+    def _saving_whole(self, average: Average, view: View, sharing: Sharing) -> Callable[..., Any]:
+        """On rank 0, which writes the file; the others bring their parts."""
+        lightnings = getattr(average.callback, average.saves)
+
+        def save(*args: Any) -> Any:
+            sharing.before_collective()
+            everyones = self._control.collect(held_by(average.copy, self._cut, *self._stages))
+            if not everyones:
+                return {}
+            # A hook may save.
+            with view.of_all(), standing_in(average.copy, dict(ChainMap(*everyones))):
+                return lightnings(*args)
+
+        return save
+
+    def _loading_whole(self, average: Average, follow: Callable[[], None]) -> Callable[..., Any]:
+        lightnings = getattr(average.callback, average.loads)
+
+        def load(*args: Any) -> None:
+            with room_for_all(average.copy), room_for_all(self._module):
+                lightnings(*args)
+            after_loading_average(self._trainer, average)
+            follow()
+
+        return load
+
+
+def _then(hook: Callable[..., Any], follow: Callable[[], None]) -> Callable[..., Any]:
+    def hook_and_follow(*args: Any) -> None:
+        hook(*args)
+        follow()
+
+    return hook_and_follow
