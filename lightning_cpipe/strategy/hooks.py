@@ -69,7 +69,7 @@ def arrange_hooks(
     """
     for callback in callbacks_of(trainer):
         rate_pipelines(callback, 1, trainer.world_size)
-    undo = list(_show_own(trainer, module, view))
+    undo = [view.open(), *_show_own(trainer, module, view)]
     # Metrics are the same on all ranks here.
     undo += [hide_advice_to_sync(), *_keep_metrics_apart(trainer, module)]
     here_alone = _of_last_stage(trainer, module, cut)

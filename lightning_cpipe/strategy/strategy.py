@@ -437,8 +437,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        view = view_of_hooks()
-        undo = [view.open()]
         schedule = self.schedule
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
@@ -450,6 +448,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
         sharing = share(trainer, stage_run.decisions, self.timeline)
+        view, undo = view_of_hooks(), list[Callable[[], None]]()
         if whole is not None:
             undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
