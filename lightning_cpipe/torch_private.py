@@ -23,7 +23,9 @@ __all__ = [
     "instance_of_subclass",
     "is_view",
     "no_torch_function",
+    "norms_of",
     "pytree",
+    "scale_all",
     "set_version_counters",
     "storage_id",
     "written_arguments",
@@ -75,3 +77,14 @@ def written_arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, A
         for each in declared
         if each.name in given and each.alias_info is not None and each.alias_info.is_write
     ]
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of each, as `torch.nn.utils.clip_grad_norm_` computes it."""
+    return list(torch._foreach_norm(list(tensors)))
+
+
+def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each in place by a scalar tensor."""
+    for device in {tensor.device for tensor in tensors}:
+        torch._foreach_mul_([each for each in tensors if each.device == device], factor.to(device))

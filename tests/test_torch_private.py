@@ -14,6 +14,8 @@ from lightning_cpipe import torch_private
 from lightning_cpipe.torch_private import (
     instance_of_subclass,
     is_view,
+    norms_of,
+    scale_all,
     set_version_counters,
     storage_id,
     written_arguments,
@@ -85,3 +87,13 @@ def test_operators_tell_what_they_write_and_whether_they_only_make_views() -> No
     assert written_arguments(aten.mul.Tensor, (x, y), {}) == []
     assert all(map(is_view, (aten.view.default, aten.detach.default, aten.t.default, aten.select.int)))
     assert not any(map(is_view, (aten.copy_.default, aten.mul.Tensor, aten.clone.default, aten.t_.default)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_are_clipped_together_as_each_by_itself(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(size, dtype=dtype) for size in (3, 5, 1)]
+    assert all(map(torch.equal, norms_of(tensors), [torch.linalg.vector_norm(each) for each in tensors]))
+    share = torch.tensor(0.3, dtype=dtype)
+    expected = [each * share for each in tensors]
+    scale_all(tensors, share)
+    assert all(map(torch.equal, tensors, expected))

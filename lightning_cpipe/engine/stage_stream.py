@@ -25,7 +25,7 @@ from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.news import News, Record
 from lightning_cpipe.engine.shapes import Known, Shapes
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD, WAIT_ACTIVATION, WAIT_GRADIENT, Timeline
-from lightning_cpipe.errors import DataMismatchError
+from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.halves import backward_in_halves
@@ -49,6 +49,8 @@ class InFlight:
         returned: what the step returned, on the last stage.
         gradients: what came back for `sent`.
         second_half: of its backward, after the first.
+        ended_early: whether its step returned None before the cut, so that nothing of worth is sent.
+        left_out: whether it has no loss, so that there is nothing to backward.
     """
 
     mini_batch: MiniBatch
@@ -59,6 +61,8 @@ class InFlight:
     returned: Any = None
     gradients: Sequence[Tensor] = ()
     second_half: Callable[[], None] | None = None
+    ended_early: bool = False
+    left_out: bool = False
 
 
 OfLoss = tuple[Tensor, Callable[[Tensor], object]]
@@ -153,6 +157,21 @@ class StageStream:
         if not self.in_flight and self._module.num_stages > 1 and self._source.mini_batch(number + 1) is None:
             self.ran_dry = True
 
+    def leave_out(self, number: int, left_out: bool) -> None:
+        """The last stage has a loss for mini-batch `number`, or has none, so that nobody backwards it.
+
+        Raises:
+            CutError: if it has one, and this stage did not run its part.
+        """
+        work = self.in_flight[number]
+        if work.ended_early and not left_out:
+            raise CutError(
+                f"`training_step` returned None for mini-batch {number} on stage {self.stage}, before its next stage"
+                " begins, but the last stage made a loss. What a step decides before it has run the model must follow"
+                " from the batch alone: there, other numbers of the model are not those of the whole one."
+            )
+        work.left_out = left_out
+
     def make_room_for_update(self) -> None:
         """The optimizer is about to step."""
         self.versions.advance(self._choice.oldest_to_come(self._source))
@@ -214,7 +233,10 @@ class StageStream:
             table = {**(table or {}), **made.templates}
             work.known = self._shapes.learn(mini_batch.signature, table)
             self._send_record(mini_batch, table)
-        work.sent, work.returned = made.sent, made.returned
+        work.sent, work.returned, work.ended_early = made.sent, made.returned, made.ended_early
+        if work.ended_early and work.known is not None:
+            device = self._module.device
+            work.sent = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in work.known.sent]
 
     def _post_gradient(self, number: int) -> None:
         work = self.in_flight.get(number)
@@ -238,7 +260,9 @@ class StageStream:
     def _backward(self, number: int) -> None:
         work = self.in_flight[number]
         with self._backwarding(work):
-            if self.of_loss is not None:
+            if work.left_out:
+                pass
+            elif self.of_loss is not None:
                 loss, run = self.of_loss(work)
                 run(loss)
             elif outputs := self._outputs(work):
@@ -249,8 +273,8 @@ class StageStream:
     def _input_gradient(self, number: int) -> None:
         work = self.in_flight[number]
         with self._backwarding(work):
-            outputs = self._outputs(work)
-            if self.of_loss is not None:
+            outputs = [] if work.left_out else self._outputs(work)
+            if self.of_loss is not None and not work.left_out:
                 loss, run = self.of_loss(work)
                 # Whatever runs the backward of a loss runs that of a stand-in, and tells the gradient of the loss.
                 stand_in = loss.detach().requires_grad_()

@@ -26,9 +26,14 @@ from torch import Tensor, nn
 
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Tie
-from lightning_cpipe.transport.wiring import Pair, TieEnds
+from lightning_cpipe.transport.wiring import Link, LinkEnds
 from lightning_cpipe.transport.within import InnerEdge
 from lightning_cpipe.tree import TensorSpec
+
+
+def link_of(tie: Tie) -> Link:
+    """The lanes of a tie."""
+    return Link("tie", tie.user, tie.owner)
 
 
 class Measure(Protocol):
@@ -45,7 +50,7 @@ class Tied(ABC):
         ends: of its lanes.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ends: TieEnds) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds) -> None:
         self._parameters = parameters
         self._incoming, self._outgoing = ends
         self._specs = [TensorSpec.of(parameter) for parameter in parameters]
@@ -104,7 +109,7 @@ class Owned(Tied):
         late: by how many local steps the other stage's gradients are added later.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ends: TieEnds, late: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds, late: int) -> None:
         super().__init__(parameters, ends)
         self._late = late
 
@@ -148,7 +153,7 @@ class Ties:
         ties: Sequence[Tie],
         schedule: Schedule,
         own: Mapping[int, Mapping[str, nn.Parameter]],
-        ends: Mapping[Pair, TieEnds],
+        ends: Mapping[Link, LinkEnds],
     ) -> Ties:
         """Those of the stages of one rank.
 
@@ -156,16 +161,16 @@ class Ties:
             ties: of the whole module.
             schedule: tells when gradients are due.
             own: the trainable parameters of each of these stages, by name.
-            ends: of the lanes of each tie with another rank.
+            ends: of each tie with another rank.
         """
         copies: list[Copies] = []
         owned: list[Owned] = []
         for tie in ties:
-            of_user = of_owner = ends.get((tie.user, tie.owner))
+            of_user = of_owner = ends.get(link_of(tie))
             if tie.user in own and tie.owner in own:
                 device = own[tie.owner][tie.names[0]].device
                 gradients, weights = InnerEdge(device), InnerEdge(device)
-                of_user, of_owner = TieEnds(weights, gradients), TieEnds(gradients, weights)
+                of_user, of_owner = LinkEnds(weights, gradients), LinkEnds(gradients, weights)
             if tie.user in own:
                 assert of_user is not None
                 copies.append(Copies([own[tie.user][name] for name in tie.names], of_user))

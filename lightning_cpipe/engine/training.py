@@ -11,11 +11,14 @@ the actions up to the first backward, and for all the others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+from torch import Tensor
+
 from lightning_cpipe.engine.mini_batch import Slices
+from lightning_cpipe.engine.partial_sums import PartialSums, Sums
 from lightning_cpipe.engine.stage_stream import StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
@@ -56,6 +59,7 @@ class TrainingStream:
         timeline: where time is noted.
         ties: of the rank with others; None where it has none.
         slices: where the micro-batches are; None where the schedule streams whole mini-batches.
+        sums: what the stages tell each other of their gradients, by purpose.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class TrainingStream:
         timeline: Timeline,
         ties: Ties | None = None,
         slices: Slices | None = None,
+        sums: Mapping[str, PartialSums] | None = None,
     ) -> None:
         self.stages = {stage.stage: stage for stage in stages}
         self._schedule = schedule
@@ -73,7 +78,9 @@ class TrainingStream:
         self._timeline = timeline
         self._ties = ties or Ties()
         self._slices = slices
-        self._updated = 0
+        self._sums = sums or {}
+        self.updated = -1
+        """The mini-batch, or the first micro-batch, of the update that began last."""
         self._begun = -1
         self._next = _OVER
         if slices is None:
@@ -91,6 +98,8 @@ class TrainingStream:
         for stage in self.stages.values():
             stage.news.books.begin()
         self._ties.begin()
+        for sums in self._sums.values():
+            sums.begin()
 
     def forward_until(self, number: int) -> None:
         """Run the actions up to the first backward of mini-batch `number`, without it."""
@@ -126,10 +135,15 @@ class TrainingStream:
             # Its update is all that is left.
             self._next = _OVER
 
+    def leave_out(self, number: int, left_out: bool) -> None:
+        """All stages know whether mini-batch `number` has no loss; if so, its backward is nothing on any of them."""
+        for stage in self.stages.values():
+            stage.leave_out(self._first if self._slices else number, left_out)
+
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
-        self._updated = self._first if self._slices else number
-        self._timeline.begin_update(self._updated)
+        self.updated = self._first if self._slices else number
+        self._timeline.begin_update(self.updated)
         for stage in self.stages.values():
             stage.make_room_for_update()
 
@@ -141,13 +155,19 @@ class TrainingStream:
                 stack.enter_context(stage.versions.updating())
             yield
             self._timeline.end_update()
-            self._ties.after_update(partial(self._timeline.measure, WAIT_GRADIENT, self._updated))
+            self._ties.after_update(partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
+
+    def tell(self, purpose: str, own: Sequence[Tensor]) -> list[Sums]:
+        """Tell the other stages of an update that has begun, and learn what is known of them; see `PartialSums`."""
+        return self._sums[purpose].tell(own, partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
 
     def settle(self) -> None:
         """Training is over, on all stages after the same local step: forget what is in flight."""
         for stage in self.stages.values():
             stage.in_flight.clear()
         self._ties.settle()
+        for sums in self._sums.values():
+            sums.settle()
 
     # ---- the plan ----
 

@@ -37,12 +37,16 @@ class Replayed:
         returned: what the step returned; None where the stage ends at a cut.
         sent: the tensors for the next stage, attached to the graph, in the order of ``passage.sends``.
         templates: the outputs of this stage's modules that are stubs later; filled if they were asked for.
+        ended_early: whether training's step returned None before it came to the cut.
     """
 
-    def __init__(self, returned: Any, sent: list[Tensor], templates: TemplateTable) -> None:
+    def __init__(
+        self, returned: Any, sent: list[Tensor], templates: TemplateTable, *, ended_early: bool = False
+    ) -> None:
         self.returned = returned
         self.sent = sent
         self.templates = templates
+        self.ended_early = ended_early
 
 
 class Replay:
@@ -115,9 +119,12 @@ class Replay:
             return Replayed(None, run.sent(), run.described)
         finally:
             self._running = outer
+        if run.passage.end is not None and graded and returned is None and not describe:
+            return Replayed(None, [], {}, ended_early=True)
         if run.passage.end is not None:
             skipped = (
-                " It returned None; skipping a mini-batch is not supported yet: return zero times a loss of the model."
+                " It returned None before the shapes of this mini-batch are known to all stages: return it after the"
+                " model has run, or zero times a loss of the model."
             )
             raise CutError(
                 f"stage {run.passage.stage} ran {name} to its end and never reached {run.passage.end!r}, where stage"

@@ -43,6 +43,7 @@ class StageModule:
     ) -> None:
         self.cut = cut
         self.stage = stage
+        self.device = device
         passages = {name: step.passages[stage] for name, step in cut.steps.items()}
         later = {stub for step in cut.steps.values() for p in step.passages[stage + 1 :] for stub in p.stubs}
         self._replay = Replay(root, passages, device, later)

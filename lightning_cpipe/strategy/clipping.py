@@ -1,67 +1,150 @@
-"""Clips gradients by norm: that of all stages where it is known before any of them updates, else each stage's own."""
+"""The norm of the gradients of all stages, as far as it is known before an update, and clipping by it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_cpipe.engine.partial_sums import Sums
+from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.lightning_private import instead_of
+from lightning_cpipe.strategy.options import Clip
 from lightning_cpipe.strategy.whole import Whole
+from lightning_cpipe.torch_private import norms_of, scale_all
 from lightning_cpipe.transport.control import Control
+from lightning_cpipe.tree import TensorSpec
+
+NORMS = "norms"
+"""What the stages of a continuous pipeline tell each other in every update in which the norm is asked for."""
+
+SQUARES = TensorSpec((), torch.float64)
+"""In double precision, so that the root of a square is the number that was squared."""
 
 
-def clip_by_whole_norm(whole: Whole, control: Control, optimizer: Optimizer, clip_val: float) -> None:
-    """What `torch.nn.utils.clip_grad_norm_` does to all gradients of the uncut module, to the bit.
+class Norms(ABC):
+    """What one rank knows of the norm of all gradients when it updates."""
 
-    All ranks must call it. The norm is that of the gradients' norms, in the order of the whole optimizer's parameters.
+    @abstractmethod
+    def full(self, optimizer: Optimizer) -> Tensor:
+        """The norm of the gradients of all stages, as far as it is known; all ranks must ask in the same updates."""
+
+    @abstractmethod
+    def clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip the gradients of this rank's stages by norm."""
+
+    def take_over(self, precision: Precision) -> Callable[[], None]:
+        """Let Lightning clip by these; returns a function that undoes it."""
+        return instead_of(precision, "clip_grad_by_norm", self.clip)
+
+
+class OfOneStage(Norms):
+    """Where one stage holds all gradients, Lightning clips them."""
+
+    def full(self, optimizer: Optimizer) -> Tensor:
+        return norm_of(_gradients(_parameters(optimizer)))
+
+    def clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        nn.utils.clip_grad_norm_(_parameters(optimizer), clip_val)
+
+
+class Exact(Norms):
+    """That of the uncut module's gradients, to the bit, where no stage updates before all have theirs.
 
     Args:
         whole: this rank's share in the whole.
         control: where the norms are compared.
-        optimizer: this rank's part of it.
-        clip_val: the largest norm.
     """
-    placed = [(place, each.grad) for place, each in whole.placed(optimizer) if each.grad is not None]
-    gradients = [gradient for _, gradient in placed]
-    norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-    # One wait for the device, however many they are.
-    own = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu() if norms else torch.zeros(0)
-    everyones = control.compare(([place for place, _ in placed], own))
-    if not any(places for places, _ in everyones):
-        return
-    by_place = sorted((place, norm) for places, found in everyones for place, norm in zip(places, found.unbind()))
-    total = torch.linalg.vector_norm(torch.stack([norm for _, norm in by_place]))
-    share = torch.clamp(clip_val / (total + 1e-6), max=1.0)
-    for gradient in gradients:
-        gradient.mul_(share.to(gradient.device))
+
+    def __init__(self, whole: Whole, control: Control) -> None:
+        self._whole = whole
+        self._control = control
+
+    def full(self, optimizer: Optimizer) -> Tensor:
+        """The norm of the norms of all gradients, in the order of the whole optimizer's parameters."""
+        placed = [(place, each.grad) for place, each in self._whole.placed(optimizer) if each.grad is not None]
+        norms = norms_of([gradient for _, gradient in placed]) if placed else []
+        # One wait for the device, however many they are.
+        own = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu() if norms else torch.zeros(0)
+        everyones = self._control.compare(([place for place, _ in placed], own))
+        by_place = sorted((place, norm) for places, found in everyones for place, norm in zip(places, found.unbind()))
+        if not by_place:
+            return torch.zeros(())
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm for _, norm in by_place]))
+        return total
+
+    def clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        _clip(_gradients(_parameters(optimizer)), self.full(optimizer), clip_val)
 
 
-def clip_stage_by_stage(
-    module: pl.LightningModule, precision: Precision, cut: Cut, stages: Sequence[int]
-) -> Callable[[], None]:
-    """The norm over all stages is known too late in a pipeline, so each stage clips by that of its own gradients.
+class InTime(Norms):
+    """What a stage of a continuous pipeline knows of the others' norms without waiting for any.
 
-    Returns:
-        A function that undoes it.
+    Args:
+        clip: by which norm.
+        module: with all its parameters.
+        cut: how it is cut.
+        training: of this rank, with the sums of squares of all stages.
     """
-    own = [
-        {id(parameter) for name, parameter in module.named_parameters() if cut.homes[name][0] == stage}
-        for stage in stages
-    ]
-    clip = precision.clip_grad_by_norm
 
-    def clip_grad_by_norm(optimizer: Optimizer, clip_val: int | float) -> None:
-        for ids in own:
-            groups = [
-                {**group, "params": [each for each in group["params"] if id(each) in ids]}
-                for group in optimizer.param_groups
-            ]
-            clip(SimpleNamespace(param_groups=groups), clip_val)  # type: ignore[arg-type]
+    def __init__(self, clip: Clip, module: pl.LightningModule, cut: Cut, training: TrainingStream) -> None:
+        self._clip = clip
+        self._training = training
+        homes = {id(parameter): cut.homes[name][0] for name, parameter in module.named_parameters()}
+        self._own = [{each for each, home in homes.items() if home == stage} for stage in training.stages]
+        self._device = module.device
+        self._told_in = -1
+        self._known: list[Sums] = []
 
-    return instead_of(precision, "clip_grad_by_norm", clip_grad_by_norm)
+    def full(self, optimizer: Optimizer) -> Tensor:
+        """As the last of the rank's stages knows it: of the stages before it, the norms of earlier updates."""
+        return self._learn(optimizer)[-1]
+
+    def clip(self, optimizer: Optimizer, clip_val: float) -> None:
+        for gradients, total in zip(self._gradients(optimizer), self._learn(optimizer, self._clip)):
+            _clip(gradients, total, clip_val)
+
+    def _gradients(self, optimizer: Optimizer) -> list[list[Tensor]]:
+        """Those of each of the rank's stages."""
+        parameters = _parameters(optimizer)
+        return [_gradients([each for each in parameters if id(each) in own]) for own in self._own]
+
+    def _learn(self, optimizer: Optimizer, clip: Clip = "lagged") -> list[Tensor]:
+        """The norm that each stage knows, of the gradients as they were when it was first asked for in this update."""
+        own = [norm_of(each) for each in self._gradients(optimizer)]
+        if clip == "stage":
+            return own
+        if self._told_in != (update := self._training.updated):
+            self._known = self._training.tell(NORMS, [norm.to(self._device, torch.float64) ** 2 for norm in own])
+            self._told_in = update
+        squares = [known.onward + known.before if clip == "lagged" else known.onward for known in self._known]
+        return [each.sqrt().to(norm.dtype) for each, norm in zip(squares, own)]
+
+
+def norm_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Of all together, as `torch.nn.utils.clip_grad_norm_` computes it; 0 where there are none."""
+    if not gradients:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(gradients[0].device) for norm in norms_of(gradients)])
+    )
+    return total
+
+
+def _clip(gradients: Sequence[Tensor], total: Tensor, clip_val: float) -> None:
+    if gradients:
+        scale_all(gradients, torch.clamp(clip_val / (total + 1e-6), max=1.0))
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -8,6 +8,9 @@ from typing import Literal
 from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules.schedule import Schedule
 
+Clip = Literal["stage", "suffix", "lagged"]
+"""By which norm the continuous schedule clips the gradient of a stage; see `ContinuousPipeStrategy`."""
+
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
@@ -25,6 +28,7 @@ class Options:
     remedy: str | None = None
     extra_in_flight: int = 0
     early_input_gradient: bool = False
+    clip: Clip = "lagged"
     cross_epoch: bool = True
     check: Check = "auto"
     looks: bool = True

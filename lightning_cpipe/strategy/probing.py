@@ -295,7 +295,7 @@ def _loss_of(returned: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise CutError(
             f"`training_step` returned {type(loss).__name__} for the first batch, where a pipeline needs the loss: a"
-            " tensor, or a dict with one under 'loss'. Skipping mini-batches by returning None is not supported yet."
+            " tensor, or a dict with one under 'loss'. It may return None for later ones."
         )
     return loss
 

@@ -25,7 +25,7 @@ from lightning_cpipe.transport.first_cause import ORPHANED, say, sentence_if_kil
 from lightning_cpipe.transport.last_words import LastWords
 from lightning_cpipe.transport.launched import Guard, launcher
 from lightning_cpipe.transport.liveness import Watch
-from lightning_cpipe.transport.wiring import Lanes, Pair, Wiring
+from lightning_cpipe.transport.wiring import Lanes, Link, Wiring
 
 START_UP = timedelta(minutes=10)
 """How long the ranks wait for each other at the start; importing torch in many processes at once takes its time."""
@@ -109,9 +109,9 @@ class Processes:
         if self._words is not None:
             self._words.at(batch)
 
-    def lanes(self, in_flight: int, ties: Mapping[Pair, int]) -> list[Lanes]:
-        """The lanes to the neighbours of each of its places, and to stages with which these share parameters."""
-        return [Lanes()] if self._wiring is None else self._wiring.lanes(in_flight, ties)
+    def lanes(self, in_flight: int, links: Mapping[Link, int]) -> list[Lanes]:
+        """The lanes to the neighbours of each of its places, and the links with stages of other ranks."""
+        return [Lanes()] if self._wiring is None else self._wiring.lanes(in_flight, links)
 
     def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """This rank can't go on: find out, or say, what the first cause was.

@@ -29,7 +29,7 @@ from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
-from lightning_cpipe.strategy.options import Options
+from lightning_cpipe.strategy.options import Clip, Options
 from lightning_cpipe.strategy.scheduling import in_words, schedule_of
 from lightning_cpipe.strategy.step_names import STEPS
 
@@ -110,6 +110,10 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"early_input_gradient=True: {written} says itself whether backwards are split. Leave it"
             " out, or take schedule='zb'."
         )
+    if asked.clip not in get_args(Clip):
+        yield f"clip={asked.clip!r}: there is none of that name; there are {', '.join(map(repr, get_args(Clip)))}."
+    elif flushes and asked.clip != Options.clip:
+        yield f"clip={asked.clip!r}: with {written} the norm of all stages is known before any updates. Leave it out."
     if isinstance(asked.split_points, str) and asked.split_points != "auto":
         yield f"split_points={asked.split_points!r}: give 'auto', or a list of the modules that begin stages 1, 2, …"
     if asked.memory_limit is not None:
@@ -257,11 +261,3 @@ def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[s
                 "LBFGS evaluates the loss several times per step, each after the weights moved; mini-batches in flight"
                 " can't be evaluated again. Use a first-order optimizer."
             )
-
-
-def clips_by_norm(trainer: pl.Trainer) -> bool:
-    """Whether gradients are clipped by norm."""
-    algorithm = trainer.gradient_clip_algorithm
-    return bool(trainer.gradient_clip_val) and (
-        algorithm is None or str(getattr(algorithm, "value", algorithm)) == "norm"
-    )

@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.timeline import EVALUATION, WAIT_DECISION, Timeline
 from lightning_cpipe.strategy.lightning_private import known_metrics, learn_metrics, set_received_sigterm
+from lightning_cpipe.strategy.not_finite import NotFinite
 
 Numbers = dict[str, float]
 
@@ -141,6 +142,7 @@ class Speaker(Sharing):
         super().__init__(trainer, decisions)
         self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._loss: Tensor | None = None
+        self._not_finite = NotFinite(trainer)
         self._next_word: str | None = None
         """Of the step at hand; None between steps."""
 
@@ -190,6 +192,8 @@ class Speaker(Sharing):
             told.update(changed)
         loss = {} if self._loss is None else {"loss": self._loss}
         of_loss, of_callback, of_logged = _in_numbers(loss, callback, logged)
+        for number in of_loss.values():
+            self._not_finite.see(number)
         sigterm = self.hand_raised()
         set_received_sigterm(self._trainer, sigterm)
         word = Word(of_loss.get("loss"), of_callback, of_logged, self._trainer.should_stop, sigterm, more)
@@ -261,8 +265,15 @@ class Alone(Sharing):
 
     leads = True
 
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
+        super().__init__(trainer, decisions)
+        self._not_finite = NotFinite(trainer)
+
     @override
     def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
+        # It needs the loss for nothing else, and a device would have to be waited for.
+        if "loss" in output and output["loss"].device.type == "cpu":
+            self._not_finite.see(float(output["loss"]))
         return output
 
     @override

@@ -11,9 +11,10 @@ from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
 from lightning_cpipe.engine.mini_batch import MiniBatch, Slices, Source
 from lightning_cpipe.engine.neighbours import Neighbours
+from lightning_cpipe.engine.partial_sums import PartialSums
 from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
-from lightning_cpipe.engine.timeline import Timeline
+from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.placement import places_of
 from lightning_cpipe.schedules.schedule import Schedule
@@ -21,6 +22,9 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.transport.wiring import Lanes
+from lightning_cpipe.tree import TensorSpec
+
+LEAVE_OUT = "leave out"
 
 
 class StageRun:
@@ -98,6 +102,7 @@ class StageRun:
         source: Source,
         run_step: Callable[[int, MiniBatch], object],
         slices: Slices | None = None,
+        sums: Mapping[str, TensorSpec] | None = None,
     ) -> TrainingStream:
         """Begin to train.
 
@@ -106,6 +111,7 @@ class StageRun:
             source: where the mini-batches are.
             run_step: calls the user's step of the whole module for a stage, on a mini-batch.
             slices: where the micro-batches of a flush schedule are.
+            sums: what the stages tell each other of their gradients, by purpose.
         """
         to_each = self._to_each(self._training_lanes)
         versions = [Versions(module.parameters().items(), schedule.versions.keeps) for module in self.modules]
@@ -123,10 +129,25 @@ class StageRun:
         ]
         last = self.modules[-1]
         own_by_stage = {module.stage: own.named for module, own in zip(self.modules, versions)}
-        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].ties)
+        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].links)
+        told = {
+            purpose: PartialSums(purpose, self.stages, schedule, self._lanes[-1].links, spec, self._device)
+            for purpose, spec in (sums or {}).items()
+        }
         timeline = self._timelines[last.stage]
-        self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices)
+        self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices, told)
         return self._training
+
+    def agree_to_leave_out(self, number: int, has_no_loss: bool) -> bool:
+        """Whether mini-batch `number`, which is backwarded next, has no loss; the last stage knows."""
+        training = self.training
+        if self.decisions.leads:
+            self.decisions.tell(LEAVE_OUT, has_no_loss)
+        else:
+            with self._timelines[training.last.stage].measure(WAIT_GRADIENT, number):
+                has_no_loss = self.decisions.hear(LEAVE_OUT)
+        training.leave_out(number, has_no_loss)
+        return has_no_loss
 
     def follow(self) -> None:
         """The module's weights were changed from outside: let all that is kept of them be the same."""

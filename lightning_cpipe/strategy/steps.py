@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -28,9 +28,10 @@ from lightning_cpipe.strategy.lightning_private import (
 from lightning_cpipe.strategy.looks import Looks, is_due
 from lightning_cpipe.strategy.loops import at_its_own_time, fetcher_of
 from lightning_cpipe.strategy.micro_batches import MicroBatch, MicroBatches
+from lightning_cpipe.strategy.not_finite import refuse_nan
 from lightning_cpipe.strategy.one_step import OneStep
 from lightning_cpipe.strategy.stage_run import StageRun
-from lightning_cpipe.tree import Content, TemplateTable, copied
+from lightning_cpipe.tree import Content, TemplateTable, TensorSpec, copied
 
 
 class Steps:
@@ -60,14 +61,19 @@ class Steps:
         self._one_step = OneStep(trainer)
         self.running = False
         """Whether the user's `training_step` is running."""
+        self.left_out = False
+        """Whether the mini-batch at hand has no loss, so that it is left out on all stages."""
 
-    def begin_training(self, schedule: Schedule, num_microbatches: int | None, looks: bool) -> TrainingStream:
+    def begin_training(
+        self, schedule: Schedule, num_microbatches: int | None, looks: bool, sums: Mapping[str, TensorSpec]
+    ) -> TrainingStream:
         """Be ready to train the weights that are on this rank's stages.
 
         Args:
             schedule: who does what, when.
             num_microbatches: slices of a mini-batch; None where the schedule streams whole mini-batches.
             looks: whether stages look for what they use and do not receive.
+            sums: what the stages tell each other of their gradients, by purpose.
         """
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
@@ -75,7 +81,7 @@ class Steps:
         source = fetcher_of(self._trainer)
         if num_microbatches is not None:
             self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
-        training = self._run.train(schedule, source, self._run_training_step, self._micro_batches)
+        training = self._run.train(schedule, source, self._run_training_step, self._micro_batches, sums)
         if self._several and looks:
             for stage, stream in training.stages.items():
                 stream.before_forward = partial(self._look, stage)
@@ -114,19 +120,20 @@ class Steps:
             self._run.training.skip_to(drawn.number)
         self._run.training.forward_until(drawn.number)
         numbers = self._numbers
-        if not self._run.has_last or len(numbers) > 1:
-            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead, or the losses of
-            # the micro-batches, of which some are forwarded later.
-            return torch.zeros((), device=self._device, requires_grad=True)
-        returned = self._run.training.last.in_flight[numbers[0]].returned
-        if returned is None:
-            if self._several:
-                raise MisconfigurationException(
-                    f"`training_step` returned None for mini-batch {drawn.number} (batch_idx {drawn.index} of epoch"
-                    f" {drawn.epoch}): skipping a mini-batch is not supported yet, since the other stages wait for its"
-                    " gradient. Return a loss that is zero times something of the model."
-                )
+        returned = None
+        if self._run.has_last and len(numbers) == 1:
+            returned = self._run.training.last.in_flight[numbers[0]].returned
+        if len(numbers) == 1 and self._several:
+            self.left_out = self._run.agree_to_leave_out(drawn.number, returned is None)
+        elif len(numbers) == 1 and returned is None:
             self._run.training.skip(drawn.number)
+            return None
+        if returned is None:
+            # Lightning wants a loss on every rank; `backward` uses the gradient that comes instead, or the losses of
+            # the micro-batches, of which some are forwarded later, or nothing.
+            return torch.zeros((), device=self._device, requires_grad=True)
+        if isinstance(loss := returned.get("loss") if isinstance(returned, Mapping) else returned, Tensor):
+            refuse_nan(drawn, loss)
         return returned
 
     def backward(self, loss: Tensor, run: Callable[[Tensor], object]) -> None:
@@ -148,6 +155,8 @@ class Steps:
 
     def output(self, output: dict[str, Any]) -> dict[str, Any]:
         """What the hooks get as the output of the local step; on the last stage, with the true loss."""
+        if self.left_out:
+            return {}
         sliced = len(self._numbers) > 1
         return self._one_step.output(output) if sliced and self._run.has_last else output
 
@@ -155,6 +164,18 @@ class Steps:
         """After a backward: the optimizer steps next, unless gradients are still being accumulated."""
         if updates_after_this_batch(self._trainer):
             self._run.training.begin_update(self._at.number)
+
+    def require_complete_gradients(self) -> None:
+        """The gradients must be those of the mini-batches that share an update, all of them.
+
+        Raises:
+            RuntimeError: if the update at hand has not begun.
+        """
+        if self.running or self._run.training.updated != self._numbers[0]:
+            raise RuntimeError(
+                f"the gradients are not complete at mini-batch {self._at.number}: look at them in"
+                " `on_before_optimizer_step`, or after it until the next step begins."
+            )
 
     @contextmanager
     def updating(self) -> Iterator[None]:

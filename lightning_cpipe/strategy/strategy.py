@@ -26,6 +26,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
+from lightning_cpipe.engine.partial_sums import links_of
+from lightning_cpipe.engine.ties import link_of
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
 from lightning_cpipe.errors import PlanError
@@ -44,7 +46,7 @@ from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.checkpoint import State
-from lightning_cpipe.strategy.clipping import clip_by_whole_norm, clip_stage_by_stage
+from lightning_cpipe.strategy.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
@@ -59,10 +61,9 @@ from lightning_cpipe.strategy.lightning_private import (
 )
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
-from lightning_cpipe.strategy.options import Options, StartMethod
+from lightning_cpipe.strategy.options import Clip, Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.refusals import (
-    clips_by_norm,
     reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
@@ -126,6 +127,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             transfers and absorbs jitter, at up to twice the delay.
         early_input_gradient: whether a backward is split, so that the gradient for the stage before leaves before the
             gradients of the weights are made. Every number stays the same.
+        clip: by which norm `gradient_clip_val` clips the gradient of a stage. ``stage``: its own. ``suffix``: that of
+            this stage and those after it. ``lagged``: that of all stages, with the newest known numbers of those before
+            it, which are a few updates old. With flush schedules it is the norm of all stages.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
             itself off with a `GradientAccumulationScheduler`.
         check: what the set-up proves about the cut: ``fills`` tries what the stages depend on, and compares two steps
@@ -159,6 +163,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         remedy: str | None = None,
         extra_in_flight: int = 0,
         early_input_gradient: bool = False,
+        clip: Clip = "lagged",
         cross_epoch: bool = True,
         check: Check = "auto",
         looks: bool = True,
@@ -196,6 +201,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             remedy=remedy,
             extra_in_flight=extra_in_flight,
             early_input_gradient=early_input_gradient,
+            clip=clip,
             cross_epoch=cross_epoch,
             check=check,
             looks=looks,
@@ -220,6 +226,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._streaming = False
         self._hand_raised = False
         self._whole_optimizer_states: list[State] = []
+        self._norms: Norms = OfOneStage()
 
     # ---- who is who ----
 
@@ -341,11 +348,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
                 f" Set `devices={self.num_stages}` for a process each; the numbers are the same."
             )
-        if self.num_stages > 1 and clips_by_norm(trainer) and self._schedule.streams:
-            rank_zero_warn(
-                f"gradient_clip_val={trainer.gradient_clip_val}: each stage clips by the norm of its own gradients. The"
-                " norm over all stages is known only after the first stage's backward, too late for the others."
-            )
 
     def _refuse(self, trainer: pl.Trainer, num_ranks: int, num_stages: int) -> None:
         reasons = [
@@ -438,10 +440,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
         schedule = self.schedule
+        sums = {NORMS: SQUARES} if fitting and schedule.streams and cut.num_stages > 1 else {}
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
-        ties = {(tie.user, tie.owner): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
+        links = {link_of(tie): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
+        for purpose in sums:
+            links |= links_of(purpose, cut.num_stages, schedule)
         ahead = self._lag if schedule.streams else self._options.num_microbatches
-        lanes = self.processes.lanes(room_on_lanes(ahead), ties)
+        lanes = self.processes.lanes(room_on_lanes(ahead), links)
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
         # What is decided goes from each rank's last stages to those of the next one, until all have heard.
         hands_on = self.global_rank < self.num_ranks - 1
@@ -452,15 +457,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if whole is not None:
             undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
-        if not schedule.streams and fitting and whole is not None:
-            clip = partial(clip_by_whole_norm, whole, self.processes.control)
-            undo.append(instead_of(self.precision_plugin, "clip_grad_by_norm", clip))
-        elif fitting and len(self.stages) > 1:
-            undo.append(clip_stage_by_stage(module, self.precision_plugin, cut, self.stages))
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, undo)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
-            training = steps.begin_training(schedule, micro_batches, self._options.looks)
+            training = steps.begin_training(schedule, micro_batches, self._options.looks, sums)
+            self._norms = OfOneStage()
+            if whole is not None and schedule.streams:
+                self._norms = InTime(self._options.clip, module, cut, training)
+            elif whole is not None:
+                self._norms = Exact(whole, self.processes.control)
+            undo += [] if whole is None else [self._norms.take_over(self.precision_plugin)]
             training.last.news.hand_raised = lambda: self._hand_raised
             sharing.hand_raised = training.last.news.is_hand_raised
 
@@ -576,6 +582,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         precision, steps = self.precision_plugin, self.at_hand.steps
+        if steps.left_out:
+            # As in Lightning, without the hooks around a backward.
+            steps.backward(closure_loss, lambda loss: None)
+            steps.begin_update_if_due()
+            return closure_loss
         loss = precision.pre_backward(closure_loss, self._module)
         steps.backward(loss, lambda loss: precision.backward(loss, self._module, optimizer, *args, **kwargs))
         loss = precision.post_backward(loss, self._module)
@@ -584,9 +595,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        steps = self.at_hand.steps
+
+        def unless_left_out() -> Any:
+            loss = closure()
+            return None if steps.left_out else loss
+
         # It runs inside a hook, and the closure inside of it.
-        with self.at_hand.view.of_all(), self.at_hand.steps.updating():
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        with self.at_hand.view.of_all(), steps.updating():
+            return super().optimizer_step(optimizer, unless_left_out, model, **kwargs)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -711,6 +728,26 @@ class ContinuousPipeStrategy(ParallelStrategy):
         super().load_optimizer_state_dict({"optimizer_states": own})
 
     # ---- what callbacks show ----
+
+    def full_grad_norm(self) -> Tensor:
+        """The norm of the gradients of all stages, accumulated and not clipped, as far as it is known without waiting.
+
+        With flush schedules, and with one stage, it is exact. With the continuous schedule it is of this update for
+        this rank's last stage and those after it, and for a stage before them of an earlier update, one further back
+        for each stage on the way; at first, of those that are known. So on rank 0 all but its own are older.
+
+        All ranks must ask in the same updates. The answer is kept until the next one, clipped or not.
+
+        Returns:
+            A scalar on the rank's device.
+
+        Raises:
+            RuntimeError: if the gradients are not complete, which they are from `on_before_optimizer_step` on.
+        """
+        self._require_heard()
+        self.at_hand.steps.require_complete_gradients()
+        (optimizer,) = self.optimizers
+        return self._norms.full(optimizer)
 
     def tell_figures(self, every_n_steps: int) -> None:
         """Let rank 0 know the figures of all stages, once in `every_n_steps` of the trainer's steps.

@@ -17,8 +17,9 @@ Evaluation has lanes of its own because training's receives are posted already w
 Where a process holds several neighbouring stages, they count as one here: they have one *place* in the row. A process
 whose stages are no neighbours has several places.
 
-Two stages that train the same parameters have two more lanes for tensors, whether they are neighbours or not: one for
-gradients, to the later stage, which owns these parameters, and one for its weights, back.
+Two stages may have a *link* besides, made when a run first needs it: two more lanes for tensors, one each way. Stages
+that train the same parameters have one, whether they are neighbours or not: gradients go to the later stage, which
+owns these parameters, and its weights come back. So have neighbours that tell each other sums of their gradients.
 """
 
 from __future__ import annotations
@@ -46,15 +47,25 @@ UP = ("gradients", "decisions")
 """The lanes on which data flows from the last stage to the first; on all others it flows from the first to the last."""
 
 
-Pair = tuple[int, int]
-"""Two stages that train the same parameters: the one that has copies, and the one that owns them."""
-
-
-class TieEnds(NamedTuple):
-    """A stage's ends of the lanes to another one with which it shares parameters.
+class Link(NamedTuple):
+    """Two stages that have two lanes of their own.
 
     Attributes:
-        incoming: for the owner gradients, for the other one weights.
+        purpose: what the lanes are for; two stages may have several links.
+        earlier: the stage that comes first; of a tie, the one that has copies.
+        later: the other one; of a tie, the owner.
+    """
+
+    purpose: str
+    earlier: int
+    later: int
+
+
+class LinkEnds(NamedTuple):
+    """A stage's ends of a link.
+
+    Attributes:
+        incoming: what the other stage says; of a tie, gradients for the owner, and weights for the other one.
         outgoing: the other way round.
     """
 
@@ -71,14 +82,14 @@ class Lanes:
         outgoing: the lanes that this rank sends tensors on.
         records_in: the lanes that this rank receives records on.
         records_out: the lanes that this rank sends records on.
-        ties: the lanes to stages with which those of the process share parameters; with its last place.
+        links: with stages of other processes; with its last place.
     """
 
     incoming: dict[TensorLane, Edge] = field(default_factory=dict)
     outgoing: dict[TensorLane, Edge] = field(default_factory=dict)
     records_in: dict[RecordLane, Records] = field(default_factory=dict)
     records_out: dict[RecordLane, Records] = field(default_factory=dict)
-    ties: dict[Pair, TieEnds] = field(default_factory=dict)
+    links: dict[Link, LinkEnds] = field(default_factory=dict)
 
 
 class Wiring:
@@ -90,7 +101,7 @@ class Wiring:
         place: one of this process's.
         device: where the stage computes.
         backend: of the lanes that carry tensors, ``gloo`` or ``nccl``.
-        held: where a place has several stages, which they are, for each of `ranks`; ties name them.
+        held: where a place has several stages, which they are, for each of `ranks`; links name them.
     """
 
     def __init__(
@@ -112,7 +123,7 @@ class Wiring:
         self._connections = connect_neighbours(control, ranks, place, RECORD_LANES)
         self._backend = backend
         self._groups: dict[tuple[int, str], dist.ProcessGroup] = {}
-        self._tied: dict[Pair, tuple[dist.ProcessGroup, dist.ProcessGroup] | None] = {}
+        self._linked: dict[Link, tuple[dist.ProcessGroup, dist.ProcessGroup] | None] = {}
         for upper in range(len(ranks) - 1):
             for lane in TENSOR_LANES:
                 # Every process takes part in making every group, in this order.
@@ -127,16 +138,16 @@ class Wiring:
         for edge in self._handed_out:
             edge.abandon()
         self._groups.clear()
-        self._tied.clear()
+        self._linked.clear()
         self.disconnect()
 
     def close(self) -> None:
         """Let go of all connections; nothing may be on its way."""
         if dist.is_initialized():
-            for group in (*self._groups.values(), *(each for ends in self._tied.values() for each in ends or ())):
+            for group in (*self._groups.values(), *(each for ends in self._linked.values() for each in ends or ())):
                 dist.destroy_process_group(group)
         self._groups.clear()
-        self._tied.clear()
+        self._linked.clear()
         self.disconnect()
 
     def disconnect(self) -> None:
@@ -145,23 +156,23 @@ class Wiring:
             connection.close()
         self._connections.clear()
 
-    def lanes(self, in_flight: int, ties: Mapping[Pair, int] | None = None) -> list[Lanes]:
+    def lanes(self, in_flight: int, links: Mapping[Link, int] | None = None) -> list[Lanes]:
         """Fresh ends for one run; nothing may be on its way on the old ones. All ranks must call it alike.
 
         Args:
             in_flight: how many messages may be on their way on each lane for tensors.
-            ties: all pairs of stages that share parameters, each with how many messages may be on their way.
+            links: all that the run needs, each with how many messages may be on their way.
 
         Returns:
             Those of each of this process's places, in order.
         """
         self._handed_out.clear()
-        ties = ties or {}
-        ends = {pair: self._tie_ends(pair, ties[pair]) for pair in self._connected(ties)}
+        links = links or {}
+        ends = {link: self._link_ends(link, links[link]) for link in self._connected(links)}
         return [self._lanes_of(place, in_flight, ends if place == self._own[-1] else {}) for place in self._own]
 
-    def _lanes_of(self, place: int, in_flight: int, ties: dict[Pair, TieEnds]) -> Lanes:
-        lanes = Lanes(ties=ties)
+    def _lanes_of(self, place: int, in_flight: int, links: dict[Link, LinkEnds]) -> Lanes:
+        lanes = Lanes(links=links)
         for upper in (place - 1, place):
             if not 0 <= upper < len(self._ranks) - 1:
                 continue
@@ -179,38 +190,38 @@ class Wiring:
         made: dist.ProcessGroup = dist.new_group([a, b], timeout=NEVER, backend=self._backend)
         return made
 
-    def _connected(self, ties: Iterable[Pair]) -> list[Pair]:
-        """Connect these pairs, unless they are already; those that this process belongs to."""
-        apart = {pair: ranks for pair in ties if len(set(ranks := self._ranks_of(pair))) == 2}
-        for pair, ranks in apart.items():
-            if pair in self._tied:
+    def _connected(self, links: Iterable[Link]) -> list[Link]:
+        """Connect these, unless they are already; those that this process belongs to."""
+        apart = {link: ranks for link in links if len(set(ranks := self._ranks_of(link))) == 2}
+        for link, ranks in apart.items():
+            if link in self._linked:
                 continue
-            gradients, weights = self._new_group(*ranks), self._new_group(*ranks)
-            self._tied[pair] = (gradients, weights) if self._rank in ranks else None
+            down, up = self._new_group(*ranks), self._new_group(*ranks)
+            self._linked[link] = (down, up) if self._rank in ranks else None
             if self._rank in ranks:
-                ends = self._tie_ends(pair, in_flight=1)
-                # Gradients first, on both sides; see `_warm_up`.
+                ends = self._link_ends(link, in_flight=1)
+                # Down first, on both sides; see `_warm_up`.
                 if self._rank == ranks[1]:
                     _hear(ends.incoming)
                     _say(ends.outgoing)
                 else:
                     _say(ends.outgoing)
                     _hear(ends.incoming)
-        return [pair for pair, ranks in apart.items() if self._rank in ranks]
+        return [link for link, ranks in apart.items() if self._rank in ranks]
 
-    def _ranks_of(self, pair: Pair) -> tuple[int, int]:
-        """The ranks that hold the stages of a tie."""
-        return self._rank_of[pair[0]], self._rank_of[pair[1]]
+    def _ranks_of(self, link: Link) -> tuple[int, int]:
+        """The ranks that hold the stages of a link."""
+        return self._rank_of[link.earlier], self._rank_of[link.later]
 
-    def _tie_ends(self, pair: Pair, in_flight: int) -> TieEnds:
-        groups = self._tied[pair]
+    def _link_ends(self, link: Link, in_flight: int) -> LinkEnds:
+        groups = self._linked[link]
         assert groups is not None
-        of_user, of_owner = self._ranks_of(pair)
-        owns = self._rank == of_owner
-        peer = of_user if owns else of_owner
-        gradients, weights = (self._edge_type(group, peer, self._device, in_flight) for group in groups)
-        self._handed_out += [gradients, weights]
-        return TieEnds(gradients, weights) if owns else TieEnds(weights, gradients)
+        of_earlier, of_later = self._ranks_of(link)
+        is_later = self._rank == of_later
+        peer = of_earlier if is_later else of_later
+        down, up = (self._edge_type(group, peer, self._device, in_flight) for group in groups)
+        self._handed_out += [down, up]
+        return LinkEnds(down, up) if is_later else LinkEnds(up, down)
 
     def _receives(self, upper: int, lane: str) -> bool:
         """Whether data flows to this process on a lane of its own between the places `upper` and `upper` + 1."""

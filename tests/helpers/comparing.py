@@ -21,7 +21,7 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed
 from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import make_optimizer, noise_loader
-from tests.helpers.reference import train_delayed
+from tests.helpers.reference import ByNorm, train_delayed
 
 SEED = 7
 
@@ -86,6 +86,8 @@ def require_equal_to_reference(
     epochs: int,
     accumulate: int = 1,
     devices: int | None = None,
+    clip: ByNorm | None = None,
+    options: dict[str, Any] | None = None,
     **strategy: Any,
 ) -> list[Seen]:
     """The loss of every step and the final weights and buffers are those of training with delayed gradients.
@@ -98,6 +100,8 @@ def require_equal_to_reference(
         epochs: how many are trained.
         accumulate: mini-batches for an update.
         devices: processes; None for one per stage.
+        clip: how gradients are clipped.
+        options: further ones of the Trainer.
         strategy: options of the strategy.
 
     Returns:
@@ -108,15 +112,17 @@ def require_equal_to_reference(
         module,
         train,
         devices=devices,
-        strategy=strategy,
+        strategy=strategy if clip is None else {**strategy, "clip": clip.how},
         callbacks=lambda: [Witness()],
         look=look,
         seed=SEED,
         max_epochs=epochs,
         accumulate_grad_batches=accumulate,
+        gradient_clip_val=None if clip is None else clip.largest,
+        **(options := options or {}),
     )
     seen = ranks[0]
-    whole = TrainingStep(module())
+    whole = TrainingStep(module(), options.get("precision", "32-true"))
     per_epoch = len(seen.batches) // epochs
     stages, aliases = names_on_stages(whole, seen.found.cut, seen.batches[0])
     losses = train_delayed(
@@ -130,6 +136,7 @@ def require_equal_to_reference(
         partial(random_numbers_of, whole.module, seen.found.cut),
         aliases,
         strategy.get("versions", "stash"),
+        **({} if clip is None else {"clip": clip}),
     )
     # Lightning shows the loss divided by `accumulate`.
     assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in losses] == seen.losses
@@ -197,13 +204,15 @@ def names_on_stages(whole: TrainingStep, cut: Cut, batch: Any) -> tuple[list[lis
 class TrainingStep(nn.Module):
     """A LightningModule's `training_step` as a forward, heard by nobody."""
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: pl.LightningModule, precision: str = "32-true") -> None:
         super().__init__()
         module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
-        self.module = module
+        self.module = module.to({"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision))
+        self.autocast = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
     def forward(self, batch: Any) -> Tensor:
-        loss: Tensor = self.module.training_step(batch, 0)
+        with torch.autocast("cpu", self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            loss: Tensor = self.module.training_step(batch, 0)
         return loss
 
 

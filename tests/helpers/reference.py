@@ -31,6 +31,7 @@ def train_delayed(
     random_of: Callable[[int], Any] = lambda j: contextlib.nullcontext(),
     aliases: Mapping[str, str] | None = None,
     policy: str = "stash",
+    clip: Callable[[list[list[torch.Tensor]]], None] = lambda gradients: None,
 ) -> list[float]:
     """Train `module` in place.
 
@@ -38,16 +39,17 @@ def train_delayed(
         module: whole.
         stages: the names of each stage's parameters; one that is tied by the name that the stage uses.
         batches: each with whether the optimizer steps after it.
-        loss_of: the loss of a batch.
+        loss_of: the loss of a batch; None if it has none, so that it gives no gradient.
         optimizer_of: makes one stage's optimizer, and a scheduler that steps with it (or None).
         accumulate: divides the loss.
         extra_in_flight: multiplies the lag by one more than this.
         random_of: the random scope of mini-batch j.
         aliases: further names that a stage uses for a parameter, with the name in `stages`.
         policy: which weights a mini-batch uses: ``stash``, ``latest``, ``vertical`` or ``2bw``.
+        clip: clips the gradients of each stage in place, before every update.
 
     Returns:
-        The loss of each mini-batch.
+        The loss of each mini-batch that has one.
     """
     own = dict(module.named_parameters(remove_duplicate=False))
     owner = {id(own[name]): s for s, names in enumerate(stages) for name in names}
@@ -71,23 +73,26 @@ def train_delayed(
         named = weights | {alias: weights[name] for alias, name in (aliases or {}).items()}
         with random_of(j):
             loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
-        losses.append(loss.item())
+        losses += [] if loss is None else [loss.item()]
         if policy == "latest":
             # Into the memory that the forward read, so that whatever the graph kept of it reads the newest.
             for name, weight in weights.items():
                 weight.data.copy_(own[name].data)
-        found = dict(zip(weights, torch.autograd.grad(loss / accumulate, list(weights.values()))))
+        gradients = [] if loss is None else torch.autograd.grad(loss / accumulate, list(weights.values()))
+        found = dict(zip(weights, gradients))
         due = {}
         for s, names in enumerate(stages):
             for name in names:
                 if (to := owner[id(own[name])]) != s:
-                    late.setdefault(name, []).append(found.pop(name))
+                    late.setdefault(name, []).append(found.pop(name, torch.zeros_like(own[name])))
                     if (place := j - _rows_late(to - s, extra_in_flight)) >= 0:
                         due[name] = late[name][place]
         for name, gradient in (*found.items(), *due.items()):
             own[name].grad = gradient if own[name].grad is None else own[name].grad + gradient
         if updates:
             window_start = j + 1
+            trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in optimizers]
+            clip([[p.grad for p in parameters if p.grad is not None] for parameters in trained])
             for optimizer, scheduler in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -97,6 +102,50 @@ def train_delayed(
             fresh = {n: own[n].detach().clone().requires_grad_() for n in names}
             versions.append(fresh if updates else versions[-1])
     return losses
+
+
+class ByNorm:
+    """Clips by norm, as the continuous schedule may.
+
+    Args:
+        how: ``stage``, ``suffix`` or ``lagged``.
+        largest: norm.
+        late: by how many updates the norm of a stage counts later on the next one.
+    """
+
+    def __init__(self, how: str, largest: float, late: int = 1) -> None:
+        self.how = how
+        self.largest = largest
+        self._late = late
+        self.squares: list[list[torch.Tensor]] = []
+        """Of the norm of each stage, in every update."""
+
+    def __call__(self, gradients: list[list[torch.Tensor]]) -> None:
+        norms = [torch.stack([torch.linalg.vector_norm(each) for each in own]) for own in gradients]
+        totals = [torch.linalg.vector_norm(own) for own in norms]
+        self.squares.append([total.double() ** 2 for total in totals])
+        for stage, own in enumerate(gradients):
+            total = {
+                "stage": totals[stage],
+                "suffix": self._onward(stage).sqrt().to(totals[stage].dtype),
+                "lagged": self.full(stage).to(totals[stage].dtype),
+            }[self.how]
+            for each in own:
+                each.mul_(torch.clamp(self.largest / (total + 1e-6), max=1.0))
+
+    def full(self, stage: int) -> torch.Tensor:
+        """The norm of all gradients, as a stage knows it in the newest update."""
+        return (self._onward(stage) + self._before(stage, len(self.squares) - 1)).sqrt()
+
+    def _onward(self, stage: int) -> torch.Tensor:
+        own, *others = self.squares[-1][stage:]
+        return own + self._onward(stage + 1) if others else own
+
+    def _before(self, stage: int, update: int) -> torch.Tensor:
+        known = update - self._late
+        if stage == 0 or known < 0:
+            return torch.zeros((), dtype=torch.float64)
+        return self._before(stage - 1, known) + self.squares[known][stage - 1]
 
 
 def _rows_late(stages_apart: int, extra_in_flight: int) -> int:

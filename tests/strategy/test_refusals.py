@@ -52,6 +52,8 @@ OPTIONS = [
     ({"versions": TWO_BUFFERED}, ["versions=VersionPolicy(name='2bw')", "there are 'stash'"], False),
     ({"remedy": "spectrain"}, ["remedy='spectrain'"], True),
     ({"extra_in_flight": -1}, ["extra_in_flight=-1", "the least is 0"], False),
+    ({"clip": "global"}, ["clip='global'", "there are 'stage', 'suffix', 'lagged'"], False),
+    ({"schedule": "1f1b", "clip": "stage"}, ["clip='stage'", "'1f1b'", "Leave it out"], False),
     ({"split_points": "net.2"}, ["split_points='net.2'", "give 'auto', or a list of the modules"], False),
     ({"memory_limit": "much"}, ["memory_limit='much'", "no amount of memory", "write '16GB'"], False),
     ({"memory_limit": -1}, ["memory_limit=-1", "a number of bytes"], False),
@@ -226,7 +228,7 @@ def test_all_reasons_are_listed_at_once() -> None:
         flags |= {key: value for key, value in options().items() if key != "callbacks"}
     said += [parts for module, _, parts, _ in TRAINERS if module not in (TakesIterator, ValidatesIterator)]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 18
+    assert len(reasons) == len(said) == 19
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 

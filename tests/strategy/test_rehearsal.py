@@ -84,13 +84,6 @@ def test_one_process_equals_the_reference(policy: str, stages: int, accumulate: 
     assert seen.found.all_alive == [schedule.live_versions(stage, stages) for stage in range(stages)]
 
 
-def test_each_stage_clips_by_its_own_norm() -> None:
-    options = {"gradient_clip_val": 0.1, "stages": 2}
-    on_one = fit_on(1, **options)
-    require_same(fit_on(2, **options), on_one)
-    assert on_one.losses != fit_on(1, stages=2).losses
-
-
 @rank_zero_only
 def write(logger: Notes, row: dict[str, float]) -> None:
     """As the methods of Lightning's own loggers."""

@@ -1,0 +1,174 @@
+"""What a stage learns of the others' gradients in time for its update: sums over stages, such as of squares.
+
+Once per update each stage tells both its neighbours. To the stage before goes the sum over itself and those after it:
+their numbers belong to the same update, since later stages make their gradients first. To the stage after goes the sum
+over itself and those before it, which make theirs later: so it counts when the stage after makes a later update, the
+next one as a rule (`Schedule.rows_late`), and no stage waits for another one. What a stage knows is the plan's, not the
+clock's:
+
+    of a later stage      the number of the same update
+    of an earlier stage   the number of an update before, one further back for each stage on the way; at first, nothing
+
+They travel on a link of their own, after the gradient of the input has left, which nothing here holds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_cpipe.engine.ties import Measure
+from lightning_cpipe.schedules.schedule import Schedule
+from lightning_cpipe.schedules.transfers import POSTED_AHEAD
+from lightning_cpipe.transport.wiring import Link, LinkEnds
+from lightning_cpipe.transport.within import InnerEdge
+from lightning_cpipe.tree import TensorSpec
+
+
+class Sums(NamedTuple):
+    """What one stage knows when it updates.
+
+    Attributes:
+        onward: over this stage and those after it, of this update.
+        before: over the stages before it, of earlier updates; those that are not finite count as 0.
+    """
+
+    onward: Tensor
+    before: Tensor
+
+
+class OfStage:
+    """One stage's part.
+
+    Args:
+        previous: the link with the stage before; None on the first.
+        following: the link with the stage after; None on the last.
+        late: how many updates later a number from before counts.
+        spec: of what a stage tells.
+        device: where it is.
+    """
+
+    def __init__(
+        self,
+        previous: LinkEnds | None,
+        following: LinkEnds | None,
+        late: int,
+        spec: TensorSpec,
+        device: torch.device,
+    ) -> None:
+        self._previous = previous
+        self._following = following
+        self._late = late
+        self._specs = [spec]
+        self._nothing = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+
+    def begin(self) -> None:
+        """Training begins. The receive of the next sum from after is always posted."""
+        if self._following is not None:
+            self._following.incoming.post(self._specs)
+
+    def onward(self, own: Tensor, waiting: Measure) -> Tensor:
+        """Over this stage and those after it."""
+        if self._following is not None:
+            with waiting():
+                (after,) = self._following.incoming.receive()
+            self._following.incoming.post(self._specs)
+            own = own + after
+        if self._previous is not None:
+            self._previous.outgoing.send([own])
+        return own
+
+    def before(self, own: Tensor, waiting: Measure) -> Tensor:
+        """Over the stages before it."""
+        known = self._nothing
+        if self._previous is not None:
+            self._previous.incoming.post(self._specs)
+            if self._previous.incoming.posted > self._late:
+                with waiting():
+                    (known,) = self._previous.incoming.receive()
+        if self._following is not None:
+            self._following.outgoing.send([known + torch.nan_to_num(own, nan=0.0, posinf=0.0, neginf=0.0)])
+        return known
+
+    def send_last(self) -> None:
+        """Training is over: satisfy the receive of a sum that will not come."""
+        if self._previous is not None:
+            self._previous.outgoing.send_filler(self._specs)
+
+    def discard(self) -> None:
+        """Training is over, on all stages after the same update: take what is under way."""
+        for ends in (self._previous, self._following):
+            if ends is not None:
+                while ends.incoming.posted:
+                    ends.incoming.receive()
+                ends.outgoing.flush()
+
+
+class PartialSums:
+    """Those of the stages of one rank, which are neighbours.
+
+    Args:
+        purpose: names the links.
+        stages: of the rank, in order.
+        schedule: tells how late numbers from before count.
+        ends: of the links with other ranks.
+        spec: of what a stage tells.
+        device: where it is.
+    """
+
+    def __init__(
+        self,
+        purpose: str,
+        stages: Sequence[int],
+        schedule: Schedule,
+        ends: Mapping[Link, LinkEnds],
+        spec: TensorSpec,
+        device: torch.device,
+    ) -> None:
+        self._stages: list[OfStage] = []
+        previous = ends.get(Link(purpose, stages[0] - 1, stages[0]))
+        for stage in stages:
+            following, of_next = ends.get(Link(purpose, stage, stage + 1)), None
+            if stage != stages[-1]:
+                down, up = InnerEdge(device), InnerEdge(device)
+                following, of_next = LinkEnds(up, down), LinkEnds(down, up)
+            late = schedule.rows_late(stage - 1, stage)
+            self._stages.append(OfStage(previous, following, late, spec, device))
+            previous = of_next
+
+    def begin(self) -> None:
+        """Training begins."""
+        for stage in self._stages:
+            stage.begin()
+
+    def tell(self, own: Sequence[Tensor], waiting: Measure) -> list[Sums]:
+        """Tell the other stages, which must do so in the same updates, and learn what is known of them.
+
+        Args:
+            own: each stage's, in order.
+            waiting: notes how long the rank waits inside.
+
+        Returns:
+            What each stage knows, in order.
+        """
+        parts = list(zip(self._stages, own))
+        # What other ranks wait for first.
+        onward = [stage.onward(each, waiting) for stage, each in reversed(parts)]
+        before = [stage.before(each, waiting) for stage, each in parts]
+        return [Sums(*each) for each in zip(reversed(onward), before)]
+
+    def settle(self) -> None:
+        """Training is over, on all stages after the same update."""
+        for stage in self._stages:
+            stage.send_last()
+        for stage in self._stages:
+            stage.discard()
+
+
+def links_of(purpose: str, num_stages: int, schedule: Schedule) -> dict[Link, int]:
+    """The links between neighbours, each with how many messages may be on their way."""
+    pairs = ((stage - 1, stage) for stage in range(1, num_stages))
+    return {Link(purpose, *pair): schedule.rows_late(*pair) + POSTED_AHEAD for pair in pairs}
