@@ -162,12 +162,17 @@ class TrainingStream:
         return self._sums[purpose].tell(own, partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
 
     def settle(self) -> None:
-        """Training is over, on all stages after the same local step: forget what is in flight."""
+        """Training is over, on all stages after the same local step: forget what is in flight.
+
+        It may begin again, with any mini-batch.
+        """
         for stage in self.stages.values():
             stage.in_flight.clear()
+            stage.versions.release_all()
         self._ties.settle()
         for sums in self._sums.values():
             sums.settle()
+        self._next, self._begun = _OVER, -1
 
     # ---- the plan ----
 

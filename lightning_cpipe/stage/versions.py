@@ -133,6 +133,12 @@ class Versions:
         del self._used_by[batch]
         self._free_unneeded()
 
+    def release_all(self) -> None:
+        """No mini-batch is in flight any more, nor will one to come use an older version."""
+        self._used_by.clear()
+        self._oldest_to_come = self.count
+        self._free_unneeded()
+
     def advance(self, oldest_to_come: int | None = None) -> None:
         """Make room for an update: the next one writes into memory that nothing else needs.
 

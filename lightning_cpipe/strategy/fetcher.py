@@ -126,11 +126,20 @@ class LookaheadFetcher(DataFetcher):
             with self._stream():
                 self._reader.begin(*here)
             self._count = 0
+        if self._count == 0:
             self._first_number = self._trainer.fit_loop.total_batch_idx + 1
         # Hooks at the start of an epoch may have changed how many mini-batches make an update.
         self._updates = UpdateCount(self._trainer)
         for drawn in self._queue:
             self._updates.count(drawn)
+
+    def end(self) -> None:
+        """Training is over: forget what was drawn and will not be trained. The ranks have drawn more or less of that.
+
+        If it begins again, as after a search for a learning rate, the mini-batches are counted anew.
+        """
+        self._queue.clear()
+        self._count = 0
 
     def keep_sampler_epoch(self) -> None:
         """Give the samplers the epoch that is drawn from; the loop gives them the one that it is at."""

@@ -167,6 +167,8 @@ class PipelineFitLoop(FitLoop):
     @override
     def on_run_end(self) -> None:
         self.pipeline.end_stream()
+        if isinstance(self.fetcher, LookaheadFetcher):
+            self.fetcher.end()
         super().on_run_end()
 
 

@@ -562,3 +562,18 @@ def test_a_write_that_batches_in_flight_would_not_see_is_refused_by_name() -> No
         written.clamp_(max=0.5)
     with pytest.raises(WeightWrittenError, match=r"^net\.written changed outside the optimizer's step"):
         versions.use(1)
+
+
+def test_when_nothing_is_in_flight_any_more_older_versions_are_free() -> None:
+    """A run that was stopped leaves mini-batches that will not be backwarded; another one may follow on the stage."""
+    versions = Versions(nn.Linear(2, 2).named_parameters())
+    for batch in range(3):
+        versions.use(batch)
+        versions.advance()
+    assert versions.alive == 4
+    versions.release_all()
+    for batch in range(3):
+        versions.use(batch)
+        versions.release(batch)
+        versions.advance()
+    assert versions.alive <= 3
