@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_cpipe.stage.absent import AbsentParameter
@@ -48,10 +49,20 @@ class Averages:
         self._averages = averages_of(callbacks_of(trainer))
 
     def take_apart(self) -> None:
-        """Cut the copies like the module, whose numbers they have: rank 0's, where each rank made its own."""
+        """Cut the copies like the module, whose numbers they have: rank 0's, where each rank made its own.
+
+        Raises:
+            MisconfigurationException: if a copy was made too early.
+        """
         numbers: dict[str, Tensor] = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
         here = {name: each for name, each in numbers.items() if not isinstance(each, AbsentParameter)}
         for average in self._averages:
+            if missing := numbers.keys() - {name for name, _ in average.copy.named_parameters()} - _buffers_of(average):
+                raise MisconfigurationException(
+                    f"{type(average.callback).__name__} copied the module before it had {min(missing)!r} and"
+                    f" {len(missing) - 1} more, so they would have no average. Make all layers in `__init__`; or take"
+                    " `WeightAveraging`, which calls `configure_model` first."
+                )
             # In an evaluation after a fit they may have been cut before.
             make_room(average.copy)
             keep_only(average.copy, self._cut, *self._stages)
@@ -111,6 +122,10 @@ class Averages:
             follow()
 
         return load
+
+
+def _buffers_of(average: Average) -> set[str]:
+    return {name for name, _ in average.copy.named_buffers()}
 
 
 def _then(hook: Callable[..., Any], follow: Callable[[], None]) -> Callable[..., Any]:

@@ -13,11 +13,14 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
+from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.equality import same_bits
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.tree import flatten
-from tests.helpers.fits import fit_alone, fit_in_pipeline, require_same_bits
-from tests.helpers.modules import WIDTH, Chain, Codebook, Tied, noise_loader
+from tests.helpers.causes import cause
+from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
+from tests.helpers.modules import WIDTH, Block, Chain, Codebook, Tied, noise_loader
+from tests.helpers.ranks import run_ranks
 
 loader = partial(noise_loader, samples=24)
 
@@ -179,3 +182,48 @@ def test_other_stages_weights_take_no_memory_in_the_average() -> None:
     # After the fit it is whole on rank 0.
     assert first.found == []
     assert len(second.found) == len(first.weights) // 2
+
+
+class Late(Chain):
+    """Makes its layers in `configure_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(*(Block() for _ in range(4)))
+
+
+@pytest.mark.full
+def test_layers_that_are_made_later_are_averaged_or_refused() -> None:
+    options: dict[str, Any] = {"max_epochs": 2, "callbacks": lambda: [AVERAGING["EMA"]()]}
+    plain = fit_alone(Late, loader, loader, **options)
+    seen = fit_in_pipeline(2, Late, loader, loader, strategy=FLUSHED, **options)
+    assert seen[0].metrics == plain.metrics
+    require_same_bits(seen[0].weights, plain.weights)
+    said = cause(2, Late(), callbacks=[AVERAGING["SWA"]()])
+    assert "StochasticWeightAveraging copied the module before it had 'net.0.linear.bias' and 15 more" in said
+
+
+def one_after_another(**options: Any) -> list[Any]:
+    trainer = quiet_trainer(callbacks=[AVERAGING["EMA"]()], max_epochs=1, **options)
+    module = Buffered()
+    found: list[Any] = []
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, loader(), loader(seed=6))
+        found += trainer.validate(module, loader(seed=6), verbose=False)
+    trainer.save_checkpoint("after.ckpt")
+    found.append(torch.load("after.ckpt", weights_only=True)["state_dict"] if trainer.is_global_zero else {})
+    return found
+
+
+@pytest.mark.full
+def test_runs_may_follow_one_after_another() -> None:
+    """The copy is of one stage in the first, and is there in the second."""
+    plain = alone(one_after_another)
+    first, _ = run_ranks(lambda _: one_after_another(strategy=ContinuousPipeStrategy(schedule="gpipe"), devices=2), 2)
+    assert first[:2] == plain[:2]
+    require_same_bits(first[2], plain[2])
