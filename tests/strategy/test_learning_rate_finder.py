@@ -22,11 +22,14 @@ class Tuned(Chain):
         return torch.optim.SGD(self.parameters(), self.lr)
 
 
+FIT: dict[str, Any] = {"max_epochs": 2, "gradient_clip_val": 0.5}
+
+
 def find_and_fit(threshold: float | None, **options: Any) -> Any:
     losses: list[float] = []
     find = LearningRateFinder(num_training_steps=20, early_stop_threshold=threshold)
     note = LambdaCallback(on_train_batch_end=lambda t, m, outputs, *_: losses.append(float(outputs["loss"])))
-    trainer = quiet_trainer(max_epochs=2, callbacks=[find, note], **options)
+    trainer = quiet_trainer(callbacks=[find, note], **FIT, **options)
     module = Tuned()
     trainer.fit(module, noise_loader(samples=90))
     return module.lr, trainer.optimizers[0].param_groups[0]["lr"], losses[0], len(losses), trainer.global_step, losses
@@ -50,4 +53,4 @@ def test_it_finds_a_rate_and_training_begins_with_the_first_weights(p: int, thre
         assert of_rank == first
     if p > 1 and threshold is not None:
         # It found nothing, and left nothing behind.
-        assert first[5] == fit_in_pipeline(p, Tuned, partial(noise_loader, samples=90), max_epochs=2)[0].losses
+        assert first[5] == fit_in_pipeline(p, Tuned, partial(noise_loader, samples=90), **FIT)[0].losses
