@@ -12,9 +12,11 @@ from lightning_cpipe.engine.timeline import (
     FORWARD,
     IDLE,
     LEFT_OUT,
+    OF_EVALUATION,
     UPDATE,
     WAIT_ACTIVATION,
     WAIT_DECISION,
+    WAIT_EVALUATION,
     WAIT_GRADIENT,
     Span,
 )
@@ -30,6 +32,7 @@ _COLOUR_OF = {
     WAIT_ACTIVATION: "#eeeeee",
     WAIT_GRADIENT: "#dddddd",
     WAIT_DECISION: "#cccccc",
+    WAIT_EVALUATION: "#e5dad3",
 }
 
 Spans = Mapping[int, Sequence[Span]]
@@ -59,7 +62,7 @@ def draw_gantt(spans: Spans, path: Path, title: str, steps_shown: int = 6) -> No
                 if span.kind == LEFT_OUT:
                     continue
                 start, width = (span.start_ns - begin) / 1e6, (span.end_ns - span.start_ns) / 1e6
-                idle = span.kind in IDLE
+                idle = span.kind in (*IDLE, WAIT_EVALUATION)
                 axes.barh(
                     stage,
                     width,
@@ -97,10 +100,10 @@ def _windows(spans: Spans, steps_shown: int) -> dict[str, tuple[int, int]]:
     """Begin and end of each panel in nanoseconds, by the last stage's steps, which are in the middle of things."""
     last_stage = spans[max(spans)]
     ends = [span.end_ns for span in last_stage if span.kind == BACKWARD]
-    training = [span for each in spans.values() for span in each if span.kind != EVALUATION]
+    training = [span for each in spans.values() for span in each if span.kind not in OF_EVALUATION]
     begin, end = min(span.start_ns for span in training), max(span.end_ns for span in training)
     shown = min(steps_shown, len(ends))
-    evaluated = [span for span in last_stage if span.kind == EVALUATION]
+    evaluated = [span for span in last_stage if span.kind in OF_EVALUATION]
     # Each stage has its own: they have different numbers of spans in a step.
     left_out = [span for each in spans.values() for span in each if span.kind == LEFT_OUT]
     middle = _quiet_middle(ends, shown, evaluated, left_out)

@@ -14,10 +14,10 @@ from typing_extensions import override
 from lightning_cpipe.callbacks.gantt import draw_gantt
 from lightning_cpipe.callbacks.loggers import declare, folder_of, log_numbers, log_picture, log_table
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.timeline import EVALUATION, KINDS, OTHER, Span
+from lightning_cpipe.engine.timeline import KINDS, OF_EVALUATION, OTHER, Span
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 
-_SHOWN = (*(kind for kind in KINDS if kind != EVALUATION), OTHER)
+_SHOWN = (*(kind for kind in KINDS if kind not in OF_EVALUATION), OTHER)
 
 TABLE_ROWS = 2000
 """The longest timeline that goes into a logger's table."""
@@ -32,9 +32,13 @@ class IdleMonitor(pl.Callback):
     ``wait_decision_ms``, ``data_ms`` and ``other_ms``; as shares, ``stage{s}/idle_ratio`` (since the last time),
     ``idle_ratio_steady`` (without the fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured)
     and ``delay_promised_updates``. The mean over the stages is ``pipe/idle_ratio`` and so on, beside
-    ``pipe/idle_ratio_predicted``, which counts slots of the plan. ``pipe/evaluation_s`` is the time that evaluations
-    took, which is in none of the above. Where a rank holds several stages, ``data``, ``update`` and ``wait_decision``
-    stand with its last one, and ``other`` of each includes the time of the others.
+    ``pipe/idle_ratio_predicted``, which counts slots of the plan. Where a rank holds several stages, ``data``,
+    ``update`` and ``wait_decision`` stand with its last one, and ``other`` of each includes the time of the others.
+
+    What evaluations took is in none of the above: ``pipe/evaluation_s``, with the waiting that they caused, and
+    ``pipe/evaluation_idle_slots``, which is that waiting alone, for one evaluation and as a mean over the stages, in
+    slots: the time of a forward or backward on the slowest stage. Beside it stands
+    ``pipe/evaluation_idle_slots_predicted``, 2 (p - 1) for p processes, where the schedule is the continuous one.
 
     The stages' figures ride beside the activations to rank 0; nobody waits for them. At the end of `fit` the run's
     timeline goes into a table and a picture.
@@ -125,7 +129,12 @@ class IdleMonitor(pl.Callback):
         numbers |= {f"pipe/{name}": per_rank * float(mean.compute()) for name, mean in means.items()}
         done = figures[max(figures)].backwards
         numbers["pipe/idle_ratio_predicted"] = strategy.promised_idle_ratio(done, drained=drained)
-        numbers["pipe/evaluation_s"] = max(each.seconds(EVALUATION) for each in figures.values())
+        numbers["pipe/evaluation_s"] = max(sum(map(each.seconds, OF_EVALUATION)) for each in figures.values())
+        slot_s = max(each.slot_s for each in figures.values())
+        waited_s = sum(each.waited_per_evaluation_s for each in figures.values()) / len(figures)
+        numbers["pipe/evaluation_idle_slots"] = waited_s / slot_s if slot_s else 0.0
+        if (promised := strategy.promised_evaluation_idle_slots) is not None:
+            numbers["pipe/evaluation_idle_slots_predicted"] = promised
         return numbers
 
     def _title(self, strategy: ContinuousPipeStrategy, numbers: Mapping[str, float]) -> str:

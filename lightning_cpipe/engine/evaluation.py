@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_cpipe.engine.mini_batch import require_same
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.shapes import Shapes
-from lightning_cpipe.engine.timeline import EVALUATION, Timeline
+from lightning_cpipe.engine.timeline import EVALUATION, WAIT_EVALUATION, Timeline
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.tree import Signature, signature
 
@@ -48,9 +48,9 @@ class EvaluationStream:
         Returns:
             On the last stage, what the step returned; None on the others.
         """
+        kind = signature(batch)
+        told, received = self._receive(kind, mark)
         with self._timeline.measure(EVALUATION, mark[0]):
-            kind = signature(batch)
-            told, received = self._receive(kind, mark)
             known = self._shapes.of(kind)
             new = told or known is None
             table = None if known is None else known.table
@@ -67,9 +67,10 @@ class EvaluationStream:
         """Whether the shapes were told just now, and what came from the stage before."""
         if self._to.records_in is None or self._to.activations_in is None:
             return False, []
-        theirs, table = self._to.records_in.receive()
-        require_same(self._module.stage, mark, theirs, self._name)
-        known = self._shapes.of(kind) if table is None else self._shapes.learn(kind, table)
-        assert known is not None, "the stage before says so when shapes are new"
-        self._to.activations_in.post(known.received)
-        return table is not None, self._to.activations_in.receive()
+        with self._timeline.measure(WAIT_EVALUATION, mark[0]):
+            theirs, table = self._to.records_in.receive()
+            require_same(self._module.stage, mark, theirs, self._name)
+            known = self._shapes.of(kind) if table is None else self._shapes.learn(kind, table)
+            assert known is not None, "the stage before says so when shapes are new"
+            self._to.activations_in.post(known.received)
+            return table is not None, self._to.activations_in.receive()

@@ -9,7 +9,16 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from lightning_cpipe.engine.timeline import EVALUATION, IDLE, KINDS, OTHER, Timeline
+from lightning_cpipe.engine.timeline import (
+    BACKWARD,
+    FORWARD,
+    IDLE,
+    KINDS,
+    OF_EVALUATION,
+    OTHER,
+    WAIT_EVALUATION,
+    Timeline,
+)
 
 
 class StageFigures(NamedTuple):
@@ -23,6 +32,7 @@ class StageFigures(NamedTuple):
         backwards: mini-batches backwarded.
         delay: of the last backward, in updates.
         most_delay: the largest of all backwards.
+        evaluations: how many there were.
     """
 
     elapsed_ns: int = 0
@@ -32,6 +42,7 @@ class StageFigures(NamedTuple):
     backwards: int = 0
     delay: int = 0
     most_delay: int = 0
+    evaluations: int = 0
 
     def seconds(self, kind: str) -> float:
         """Time spent on one kind, *other* included."""
@@ -47,7 +58,17 @@ class StageFigures(NamedTuple):
     @property
     def training_ns(self) -> int:
         """The time so far without evaluations."""
-        return self.elapsed_ns - self.by_kind_ns[KINDS.index(EVALUATION)]
+        return self.elapsed_ns - sum(self.by_kind_ns[KINDS.index(kind)] for kind in OF_EVALUATION)
+
+    @property
+    def slot_s(self) -> float:
+        """Seconds that a forward or a backward takes, on average."""
+        return (self.seconds(FORWARD) + self.seconds(BACKWARD)) / max(1, 2 * self.backwards)
+
+    @property
+    def waited_per_evaluation_s(self) -> float:
+        """Seconds that an evaluation makes this stage wait, on average."""
+        return self.seconds(WAIT_EVALUATION) / max(1, self.evaluations)
 
     @property
     def idle_ratio(self) -> float:
@@ -68,6 +89,7 @@ class StageFigures(NamedTuple):
             fill_ns=self.fill_ns - earlier.fill_ns,
             fill_idle_ns=self.fill_idle_ns - earlier.fill_idle_ns,
             backwards=self.backwards - earlier.backwards,
+            evaluations=self.evaluations - earlier.evaluations,
         )
 
 
@@ -87,7 +109,8 @@ class Bookkeeper:
     def begin(self) -> None:
         """Training begins now; what came before does not count."""
         self._begun_ns = time.perf_counter_ns()
-        self._before = self._timeline.sums_ns
+        self._timeline.begin_training()
+        self._before, self._evaluations_before = self._timeline.sums_ns, self._timeline.evaluations
 
     def backward_begins(self, delay: int) -> None:
         """A backward begins, whose gradient is `delay` updates old."""
@@ -108,4 +131,5 @@ class Bookkeeper:
             self._backwards,
             self._delay,
             self._most_delay,
+            self._timeline.evaluations - self._evaluations_before,
         )

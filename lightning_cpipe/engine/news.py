@@ -17,13 +17,13 @@ class Record(NamedTuple):
     Attributes:
         mark: number and fingerprint of the mini-batch, as the sender's loader gave it.
         table: the shapes, where they are new; None where they are known.
-        hand_raised: whether a stage before wants training to stop.
+        asked: what the stages before ask the last one for; flags of whoever asks.
         figures: what the stages before tell of themselves, by stage; empty most of the time.
     """
 
     mark: tuple[int, int]
     table: TemplateTable | None
-    hand_raised: bool
+    asked: int
     figures: dict[int, tuple[Any, ...]]
 
 
@@ -40,19 +40,20 @@ class News:
         """What the stages before told of themselves last, by stage."""
         self.tells_figures: Callable[[int], bool] = lambda number: False
         """Whether the stages' figures are told with a mini-batch; all stages must tell them with the same ones."""
-        self.hand_raised: Callable[[], bool] = lambda: False
-        """Whether this stage wants training to stop."""
+        self.asks: Callable[[], int] = lambda: 0
+        """What this stage asks the last one for."""
         self.books = Bookkeeper(timeline)
         self._stage = stage
-        self._hand_raised_before = False
+        self._asked_before = 0
 
-    def is_hand_raised(self) -> bool:
-        """Whether this stage, or one before it, wants training to stop."""
-        return self._hand_raised_before or self.hand_raised()
+    @property
+    def asked(self) -> int:
+        """What this stage, or one before it, asks the last one for."""
+        return self._asked_before | self.asks()
 
     def hear(self, record: Record) -> None:
         """Take over what the stages before tell."""
-        self._hand_raised_before |= record.hand_raised
+        self._asked_before |= record.asked
         self.figures.update({stage: StageFigures(*told) for stage, told in record.figures.items()})
 
     def record(self, mini_batch: MiniBatch, table: TemplateTable | None) -> Record:
@@ -61,4 +62,4 @@ class News:
         if self.tells_figures(mini_batch.number):
             known = {**self.figures, self._stage: self.books.figures()}
             figures = {stage: tuple(each) for stage, each in known.items()}
-        return Record(mini_batch.mark, table, self.is_hand_raised(), figures)
+        return Record(mini_batch.mark, table, self.asked, figures)

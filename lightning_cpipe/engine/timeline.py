@@ -1,8 +1,10 @@
 """What a stage does when: spans of time, their sums, and what it is at right now.
 
 Idle is waiting for a neighbour, nothing else: for an activation, for a gradient, and for the last stage's decisions,
-which come late only if its hooks or loggers take longer than a local step. What is in no span is the time
-of the training loop, its hooks and its loggers; it is called *other* where it is shown.
+which come late only if its hooks or loggers take longer than a local step. What an evaluation makes a stage wait for
+is kept apart from training's idle time: its mini-batches, what the last stage logs of them, and afterwards the next
+gradient, since the last stage, which ends the evaluation last, goes on last. What is in no span is the time of the
+training loop, its hooks and its loggers; it is called *other* where it is shown.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ WAIT_GRADIENT = "wait_gradient"
 WAIT_DECISION = "wait_decision"
 DATA = "data"
 EVALUATION = "evaluation"
+WAIT_EVALUATION = "wait_evaluation"
 OTHER = "other"
 
-KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION, DATA, EVALUATION)
+KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION, DATA, EVALUATION, WAIT_EVALUATION)
 """Every kind of span that is recorded. *Other* is what they leave."""
 
 ACTIONS = {
@@ -41,6 +44,9 @@ ACTIONS = {
 
 IDLE = (WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION)
 """The kinds that count as idle."""
+
+OF_EVALUATION = (EVALUATION, WAIT_EVALUATION)
+"""The kinds that are no part of training."""
 
 LEFT_OUT = "left_out"
 """No kind that is recorded: the time of the spans that a long run did not keep."""
@@ -70,11 +76,17 @@ class Timeline:
     Args:
         keep: how many.
         tell: called with the number of the mini-batch whenever a span begins.
+        flows_on: whether what a stage waits for between an evaluation and the next backward is due to the evaluation;
+            not where every mini-batch is begun with an empty pipeline.
     """
 
-    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None) -> None:
+    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None, *, flows_on: bool = True) -> None:
         self._keep = keep
         self._tell = tell
+        self._flows_on = flows_on
+        self._was_evaluated = False
+        self.evaluations = 0
+        """How many there were: each is followed by a backward, or is the last thing."""
         self._first: list[Span] = []
         self._last: deque[Span] = deque(maxlen=keep)
         self._left_out = False
@@ -88,7 +100,7 @@ class Timeline:
     @contextmanager
     def measure(self, kind: str, batch: int) -> Iterator[None]:
         """The time inside is a span."""
-        self._note(kind, batch)
+        kind = self._note(kind, batch)
         start = time.perf_counter_ns()
         try:
             yield
@@ -106,6 +118,10 @@ class Timeline:
             batch, start = self._update
             self._add(Span(UPDATE, batch, start, time.perf_counter_ns()))
             self._update = None
+
+    def begin_training(self) -> None:
+        """What comes next does not wait because of an evaluation before."""
+        self._was_evaluated = False
 
     @property
     def batch(self) -> int:
@@ -128,10 +144,18 @@ class Timeline:
         before, after = self._first[-1], self._last[0]
         return [*self._first, Span(LEFT_OUT, before.batch, before.end_ns, after.start_ns), *self._last]
 
-    def _note(self, kind: str, batch: int) -> None:
+    def _note(self, kind: str, batch: int) -> str:
+        """A span begins; returns the kind that it counts as."""
         self.now_at = kind, batch
         if self._tell is not None:
             self._tell(batch)
+        if kind in OF_EVALUATION:
+            self.evaluations += not self._was_evaluated
+            self._was_evaluated = True
+        elif kind == BACKWARD:
+            self._was_evaluated = False
+        waits = kind in (WAIT_ACTIVATION, WAIT_GRADIENT)
+        return WAIT_EVALUATION if waits and self._was_evaluated and self._flows_on else kind
 
     def _add(self, span: Span) -> None:
         self._sums[span.kind] += span.end_ns - span.start_ns
@@ -149,8 +173,8 @@ class CudaTimeline(Timeline):
     once they have passed, so nothing synchronises. Not yet run on a GPU.
     """
 
-    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None) -> None:
-        super().__init__(keep, tell)
+    def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None, *, flows_on: bool = True) -> None:
+        super().__init__(keep, tell, flows_on=flows_on)
         self._pending: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._updating: tuple[int, torch.cuda.Event] | None = None
         self._zero = self._mark()
@@ -159,7 +183,7 @@ class CudaTimeline(Timeline):
     @contextmanager
     def measure(self, kind: str, batch: int) -> Iterator[None]:
         """The time inside, in the stream's order, is a span."""
-        self._note(kind, batch)
+        kind = self._note(kind, batch)
         start = self._mark()
         try:
             yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,7 +40,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -64,6 +64,7 @@ __all__ = [
     "combined_loader_of",
     "default_backend_for",
     "evaluation_arguments",
+    "follow_plan",
     "has_transfer_hooks",
     "hide_advice_to_sync",
     "init_dist_connection",
@@ -72,10 +73,12 @@ __all__ = [
     "learn_metrics",
     "logging_for",
     "optimizers_to_device",
+    "plan_timed_validation",
     "prepare_batch",
     "rate_pipelines",
     "reduction_of",
     "reloads_loaders_at",
+    "save_and_requeue",
     "seed_workers",
     "set_num_threads_if_needed",
     "set_received_sigterm",
@@ -146,6 +149,14 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     @override
     def _broadcast_sigterm_tensor(self) -> None:
         """Nothing: it would make all stages wait for each other. A SIGTERM travels with other messages instead."""
+
+    told_to_validate: bool | None = None
+    """Whether a validation follows the step at hand, where rank 0's clock says so; None where the own one does."""
+
+    @override
+    def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
+        told = self.told_to_validate
+        return bool(super()._should_check_val_fx(data_fetcher)) if told is None else told
 
 
 class EvaluationLoop(_EvaluationLoop):
@@ -349,8 +360,24 @@ def _training_results(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop._results
 
 
-def take_over_signals(trainer: pl.Trainer, received: Callable[[], None]) -> None:
-    """Call `received` on SIGTERM, and hand the signal on to the processes that this one launched.
+def plan_timed_validation(trainer: pl.Trainer) -> bool | None:
+    """Whether a validation follows the step at hand by this process's clock; None where validations are not timed."""
+    if getattr(trainer, "_val_check_time_interval", None) is None or not trainer.training:
+        return None
+    loop = trainer.fit_loop.epoch_loop
+    follow_plan(trainer, None)
+    due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+    follow_plan(trainer, due)
+    return due
+
+
+def follow_plan(trainer: pl.Trainer, due: bool | None) -> None:
+    """Let rank 0's clock say whether a validation follows the step at hand; None where validations are not timed."""
+    trainer.fit_loop.epoch_loop.told_to_validate = due  # type: ignore[attr-defined]
+
+
+def take_over_signals(trainer: pl.Trainer, on_sigterm: Callable[[], None], on_requeue: Callable[[], None]) -> None:
+    """Call `on_sigterm`, and hand the signal on to the processes that this one launched; on SLURM's, `on_requeue`.
 
     Lightning's own handler broadcasts to all ranks from inside the signal handler, and hangs where a rank waits for a
     message. So does its handler of SLURM's requeue signal, which saves a checkpoint wherever each rank happens to be.
@@ -360,17 +387,17 @@ def take_over_signals(trainer: pl.Trainer, received: Callable[[], None]) -> None
         launcher = trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signum)
-        received()
-
-    def do_not_requeue(signum: int, frame: Any) -> None:
-        rank_zero_warn(
-            f"signal {signum} of SLURM is ignored: requeueing is not supported in a pipeline yet. Save checkpoints with"
-            " `ModelCheckpoint(every_n_train_steps=...)`, and resume with `ckpt_path`."
-        )
+        on_sigterm()
 
     connector = trainer._signal_connector
     connector._sigterm_notifier_fn = notify  # type: ignore[method-assign, assignment]
-    connector._slurm_sigusr_handler_fn = do_not_requeue  # type: ignore[method-assign, assignment]
+    connector._slurm_sigusr_handler_fn = lambda *_: on_requeue()  # type: ignore[method-assign]
+
+
+def save_and_requeue(trainer: pl.Trainer) -> None:
+    """Save a checkpoint for SLURM, and on rank 0 ask it to requeue the job; all ranks must call it."""
+    connector = trainer._signal_connector
+    type(connector)._slurm_sigusr_handler_fn(connector, signal.SIGUSR1, None)  # type: ignore[arg-type]
 
 
 def set_received_sigterm(trainer: pl.Trainer, received: bool) -> None:

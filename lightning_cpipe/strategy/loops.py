@@ -56,6 +56,12 @@ class Pipeline(Protocol):
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
 
+    def after_whole_step(self) -> None:
+        """A local step and what follows it are done: do what signals asked for."""
+
+    def obeying_signals(self) -> AbstractContextManager[None]:
+        """A fit runs inside, which signals may end."""
+
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called."""
 
@@ -121,6 +127,7 @@ class PipelineEpochLoop(TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: DataFetcher) -> None:
         self.pipeline.after_step_hooks()
         super().on_advance_end(data_fetcher)
+        self.pipeline.after_whole_step()
 
 
 class PipelineFitLoop(FitLoop):
@@ -136,7 +143,7 @@ class PipelineFitLoop(FitLoop):
     @override
     def run(self) -> None:
         self.forget_loaders_of_another_epoch()
-        with _not_transferred_twice(self.trainer):
+        with self.pipeline.obeying_signals(), _not_transferred_twice(self.trainer):
             super().run()
 
     @override

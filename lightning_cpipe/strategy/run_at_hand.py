@@ -39,10 +39,14 @@ class RunAtHand:
         Returns:
             After a fit, on rank 0, the states of the whole module's optimizers.
         """
-        self._let_go()
-        self.stage_run.close()
+        self.stop()
         states = [] if self.whole is None else self.whole.put_together()
         return states if self.stage_run.trains else None
+
+    def stop(self) -> None:
+        """A signal ended it, on all ranks after the same step: take what is under way to its end."""
+        self._let_go()
+        self.stage_run.close()
 
     def break_off(self) -> None:
         """The pipeline is broken: leave the module as it is, cut."""

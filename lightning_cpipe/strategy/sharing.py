@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,9 +21,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cpipe.engine.decisions import Decisions
-from lightning_cpipe.engine.timeline import EVALUATION, WAIT_DECISION, Timeline
-from lightning_cpipe.strategy.lightning_private import known_metrics, learn_metrics, set_received_sigterm
+from lightning_cpipe.engine.timeline import WAIT_DECISION, WAIT_EVALUATION, Timeline
+from lightning_cpipe.strategy.lightning_private import (
+    follow_plan,
+    known_metrics,
+    learn_metrics,
+    plan_timed_validation,
+)
 from lightning_cpipe.strategy.not_finite import NotFinite
+from lightning_cpipe.strategy.signals import Request, Signals
 
 Numbers = dict[str, float]
 
@@ -39,7 +45,8 @@ class Word(NamedTuple):
         callback: metrics for callbacks that changed.
         logged: metrics for loggers that changed.
         stop: whether to stop after this step.
-        sigterm: whether a SIGTERM was received.
+        request: what all ranks do after this step, because a signal asked for it.
+        validate: whether it is time for a validation, by the clock of rank 0; None where validations are not timed.
         more: whether the step's hooks are still running, so that another word follows.
     """
 
@@ -47,7 +54,8 @@ class Word(NamedTuple):
     callback: Numbers
     logged: Numbers
     stop: bool
-    sigterm: bool
+    request: Request
+    validate: bool | None
     more: bool
 
 
@@ -67,16 +75,16 @@ class Sharing(ABC):
     Args:
         trainer: whose metrics and flags are told or set.
         decisions: the chain on which words travel.
+        signals: what this process was asked for.
     """
 
     leads: bool
     """Whether this rank holds the last stage."""
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, signals: Signals) -> None:
         self._trainer = trainer
         self._decisions = decisions
-        self.hand_raised: Callable[[], bool] = lambda: False
-        """Whether this rank, or one before it, has received a SIGTERM."""
+        self._signals = signals
         self._heard = True
 
     @contextmanager
@@ -138,8 +146,8 @@ class Speaker(Sharing):
 
     leads = True
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
-        super().__init__(trainer, decisions)
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, signals: Signals) -> None:
+        super().__init__(trainer, decisions, signals)
         self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._loss: Tensor | None = None
         self._not_finite = NotFinite(trainer)
@@ -194,9 +202,16 @@ class Speaker(Sharing):
         of_loss, of_callback, of_logged = _in_numbers(loss, callback, logged)
         for number in of_loss.values():
             self._not_finite.see(number)
-        sigterm = self.hand_raised()
-        set_received_sigterm(self._trainer, sigterm)
-        word = Word(of_loss.get("loss"), of_callback, of_logged, self._trainer.should_stop, sigterm, more)
+        word = Word(
+            of_loss.get("loss"),
+            of_callback,
+            of_logged,
+            self._trainer.should_stop,
+            # What is said before the step's last word is not obeyed yet.
+            Request.NOTHING if more else self._signals.decide(),
+            plan_timed_validation(self._trainer),
+            more,
+        )
         self._decisions.tell(topic, tuple(word))
 
 
@@ -206,13 +221,14 @@ class Listener(Sharing):
     Args:
         trainer: see `Sharing`.
         decisions: see `Sharing`.
+        signals: see `Sharing`.
         timeline: where it is noted how long this rank waits for a word.
     """
 
     leads = False
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> None:
-        super().__init__(trainer, decisions)
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, signals: Signals, timeline: Timeline) -> None:
+        super().__init__(trainer, decisions, signals)
         self._timeline = timeline
         self._word: Word | None = None
         """Of the step at hand; None between steps."""
@@ -246,7 +262,7 @@ class Listener(Sharing):
     @override
     def agree(self, topic: str, content: Any) -> Any:
         # What an evaluation takes is shown apart.
-        kind = WAIT_DECISION if self._trainer.training else EVALUATION
+        kind = WAIT_DECISION if self._trainer.training else WAIT_EVALUATION
         with self._timeline.measure(kind, self._timeline.batch):
             return self._decisions.hear(topic)
 
@@ -257,7 +273,8 @@ class Listener(Sharing):
 
     def _obey(self, word: Word) -> None:
         self._trainer.should_stop = word.stop
-        set_received_sigterm(self._trainer, word.sigterm)
+        follow_plan(self._trainer, word.validate)
+        self._signals.learn(Request(word.request))
 
 
 class Alone(Sharing):
@@ -265,8 +282,8 @@ class Alone(Sharing):
 
     leads = True
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions) -> None:
-        super().__init__(trainer, decisions)
+    def __init__(self, trainer: pl.Trainer, decisions: Decisions, signals: Signals) -> None:
+        super().__init__(trainer, decisions, signals)
         self._not_finite = NotFinite(trainer)
 
     @override
@@ -278,7 +295,7 @@ class Alone(Sharing):
 
     @override
     def after_step_hooks(self) -> None:
-        pass
+        self._signals.decide()
 
     @override
     def before_collective(self) -> None:
@@ -297,11 +314,13 @@ class Alone(Sharing):
         return content
 
 
-def share(trainer: pl.Trainer, decisions: Decisions, timeline: Timeline) -> Sharing:
+def share(trainer: pl.Trainer, decisions: Decisions, signals: Signals, timeline: Timeline) -> Sharing:
     """This rank's share."""
     if decisions.is_alone:
-        return Alone(trainer, decisions)
-    return Speaker(trainer, decisions) if decisions.leads else Listener(trainer, decisions, timeline)
+        return Alone(trainer, decisions, signals)
+    if decisions.leads:
+        return Speaker(trainer, decisions, signals)
+    return Listener(trainer, decisions, signals, timeline)
 
 
 def _numbers(metrics: dict[str, Tensor]) -> Numbers:

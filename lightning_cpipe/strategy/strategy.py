@@ -56,7 +56,6 @@ from lightning_cpipe.strategy.lightning_private import (
     instead_of,
     optimizers_to_device,
     seed_workers,
-    set_received_sigterm,
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
@@ -75,6 +74,7 @@ from lightning_cpipe.strategy.refusals import (
 from lightning_cpipe.strategy.run_at_hand import RunAtHand
 from lightning_cpipe.strategy.scheduling import schedule_of, sized
 from lightning_cpipe.strategy.sharing import share
+from lightning_cpipe.strategy.signals import Request, Signals
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.summaries import show_stages
@@ -224,7 +224,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._reading: Reading = nullcontext
         self._stage_now = 0
         self._streaming = False
-        self._hand_raised = False
+        self._signals: Signals | None = None
         self._whole_optimizer_states: list[State] = []
         self._norms: Norms = OfOneStage()
 
@@ -362,8 +362,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         install_loops(model.trainer, self)
-        self._hand_raised = False
-        take_over_signals(model.trainer, self._raise_hand)
+        signals = self._signals = Signals(model.trainer)
+        take_over_signals(
+            model.trainer,
+            on_sigterm=lambda: signals.ask(Request.TERMINATE, at_once=self.num_ranks == 1 or not self._streaming),
+            on_requeue=lambda: signals.ask(Request.REQUEUE, at_once=False),
+        )
 
     @override
     def setup_environment(self) -> None:
@@ -414,7 +418,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         module = self._module
         fitting = trainer.state.fn == TrainerFn.FITTING
         make = CudaTimeline if self.root_device.type == "cuda" else Timeline
-        self.timelines = {stage: make(tell=partial(self._begin_span, stage)) for stage in self.stages}
+        schedule = self.schedule
+        self.timelines = {
+            stage: make(tell=partial(self._begin_span, stage), flows_on=schedule.streams) for stage in self.stages
+        }
         self.timeline = self.timelines[self.stage]
         self._stream = Stream(get_state())
         if fitting:
@@ -422,7 +429,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.precision_plugin.convert_module(module)
         blueprint, self._blueprint = self._blueprint, None
         cut, in_parts = agree_on_cut(
-            trainer, self.processes, self._options, self.schedule, self.root_device, self._seed, blueprint
+            trainer, self.processes, self._options, schedule, self.root_device, self._seed, blueprint
         )
         if blueprint is not None:
             self.precision_plugin.convert_module(module)
@@ -439,7 +446,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        schedule = self.schedule
         sums = {NORMS: SQUARES} if fitting and schedule.streams and cut.num_stages > 1 else {}
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         links = {link_of(tie): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
@@ -452,7 +458,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         hands_on = self.global_rank < self.num_ranks - 1
         stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
         steps = Steps(trainer, stage_run, self._seed, self.root_device)
-        sharing = share(trainer, stage_run.decisions, self.timeline)
+        assert self._signals is not None
+        sharing = share(trainer, stage_run.decisions, self._signals, self.timeline)
         view, undo = view_of_hooks(), list[Callable[[], None]]()
         if whole is not None:
             undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
@@ -467,8 +474,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             elif whole is not None:
                 self._norms = Exact(whole, self.processes.control)
             undo += [] if whole is None else [self._norms.take_over(self.precision_plugin)]
-            training.last.news.hand_raised = lambda: self._hand_raised
-            sharing.hand_raised = training.last.news.is_hand_raised
+            self._signals.heard_through(training.last.news)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -491,13 +497,6 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._module.to(self.root_device)
 
     # ---- what the loops ask ----
-
-    def _raise_hand(self) -> None:
-        """This process received a SIGTERM: tell the last stage, which decides for all when to stop."""
-        self._hand_raised = True
-        if self.num_ranks == 1 or not self._streaming:
-            # There is nobody to agree with, or nothing that must be brought to rest.
-            set_received_sigterm(self._module.trainer, True)
 
     @property
     def _lag(self) -> int:
@@ -539,6 +538,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
         self.at_hand.sharing.after_step_hooks()
+
+    def after_whole_step(self) -> None:
+        """A local step and what follows it are done: do what signals asked for."""
+        assert self._signals is not None
+        self._signals.act()
+
+    def obeying_signals(self) -> AbstractContextManager[None]:
+        """A fit runs inside, which signals may end."""
+        assert self._signals is not None
+        return self._signals.obeyed(several=self.num_ranks > 1)
 
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
@@ -670,7 +679,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def _taken_apart(self) -> Whole | None:
         """This rank's share in the whole, where the whole is in parts that can be put together."""
-        return None if self._at_hand is None or self._interrupted else self._at_hand.whole
+        return None if self._at_hand is None or self._is_broken else self._at_hand.whole
 
     @override
     def lightning_module_state_dict(self) -> State:
@@ -695,7 +704,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file of the whole module. What is in flight stays in flight."""
-        if self._at_hand is not None and self._at_hand.whole is not None and self._interrupted:
+        if self._at_hand is not None and self._at_hand.whole is not None and self._is_broken:
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -789,6 +798,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return schedule.slot_exact_ratio(self.num_stages, self._options.num_microbatches)
 
     @property
+    def promised_evaluation_idle_slots(self) -> int | None:
+        """Slots that an evaluation makes each rank wait, by the plan; None for flush schedules, which wait anyway.
+
+        The first rank comes to it p - 1 slots after the last one, which gets its first mini-batch p - 1 slots later
+        still; a rank that waits less for that waits the more for the next gradient.
+        """
+        return 2 * (self.num_ranks - 1) if self.schedule.streams else None
+
+    @property
     def forward_flops(self) -> int:
         """Floating-point operations of one forward of the first batch, all stages together, as counted at set-up.
 
@@ -811,9 +829,21 @@ class ContinuousPipeStrategy(ParallelStrategy):
         module = self.lightning_module
         return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
 
+    @property
+    def _has_ended_together(self) -> bool:
+        """Whether a signal has ended the run, on all ranks after the same step."""
+        return self._signals is not None and self._signals.ended_together
+
+    @property
+    def _is_broken(self) -> bool:
+        """Whether the other ranks can't be counted on any more."""
+        return self._interrupted and not self._has_ended_together
+
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Agree with the other ranks on the first cause, and say it."""
+        if self._has_ended_together and isinstance(self._launcher, ScriptLauncher):
+            return
         if self._processes is not None:
             children = self._launcher.procs if isinstance(self._launcher, ScriptLauncher) else []
             self._processes.fail(exception, self._where, children)
@@ -835,13 +865,16 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Make the module on rank 0 whole again, unless it is too big for that, and let go of the others."""
-        self._streaming = False
-        if self._at_hand is not None and self._interrupted:
+        if self._at_hand is not None and self._is_broken:
             self._at_hand.break_off()
+        elif self._at_hand is not None and self._interrupted:
+            self.end_stream()
+            self._at_hand.stop()
         elif self._at_hand is not None and (states := self._at_hand.end()) is not None:
             self._whole_optimizer_states = states
         self._at_hand = None
-        if self._processes is not None and not self._interrupted:
+        self._streaming = False
+        if self._processes is not None and not self._is_broken:
             self._processes.end()
         optimizers_to_device(self.optimizers, torch.device("cpu"))
         if self.lightning_module is not None:

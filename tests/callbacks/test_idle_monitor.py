@@ -13,7 +13,7 @@ import pytest
 from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor
 from lightning_cpipe.callbacks.idle_monitor import TABLE_ROWS, timeline_rows
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.timeline import EVALUATION, FORWARD, KINDS, OTHER, WAIT_GRADIENT, Span
+from lightning_cpipe.engine.timeline import EVALUATION, FORWARD, KINDS, OTHER, WAIT_EVALUATION, WAIT_GRADIENT, Span
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.table import Table
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline
@@ -62,7 +62,8 @@ def test_every_stage_is_told_of_at_every_step_on_rank_0(p: int) -> None:
     # Once more at the end, when the pipeline is drained.
     assert [step for step, _ in rows] == [*range(1, BATCHES + 1), BATCHES]
     of_stage = {f"{time}_ms" for time in TIMES} | {"delay_updates", "delay_promised_updates", *RATIOS}
-    of_pipe = {"pipe/idle_ratio_predicted", "pipe/evaluation_s", *(f"pipe/{ratio}" for ratio in RATIOS)}
+    of_evaluation = {"pipe/evaluation_s", "pipe/evaluation_idle_slots", "pipe/evaluation_idle_slots_predicted"}
+    of_pipe = {"pipe/idle_ratio_predicted", *(f"pipe/{ratio}" for ratio in RATIOS), *of_evaluation}
     for _, row in rows:
         assert row.keys() == {f"stage{stage}/{name}" for stage in range(p) for name in of_stage} | of_pipe
         for name, value in row.items():
@@ -72,6 +73,8 @@ def test_every_stage_is_told_of_at_every_step_on_rank_0(p: int) -> None:
             mean = sum(row[f"stage{stage}/{ratio}"] for stage in range(p)) / p
             assert row[f"pipe/{ratio}"] == pytest.approx(mean, abs=1e-6)
     assert rows[-1][1]["pipe/evaluation_s"] > 0
+    assert rows[-1][1]["pipe/evaluation_idle_slots_predicted"] == 2 * (p - 1)
+    assert (rows[-1][1]["pipe/evaluation_idle_slots"] > 0) == (p > 1)
     assert all(of_rank.found[0] == [] for of_rank in others)
     for of_rank in (first, *others):
         for figures in of_rank.found[2]:
@@ -109,18 +112,18 @@ def test_a_run_logs_the_prediction_for_the_mini_batches_done() -> None:
     ]  # fmt: skip
 
 
-def figures_of(backwards: int, elapsed: int, idle: int, evaluation: int = 0) -> StageFigures:
-    """Figures in milliseconds; a stage whose fill took 10, 6 of them idle."""
-    by_kind = {FORWARD: 10 * backwards, WAIT_GRADIENT: idle, EVALUATION: evaluation}
+def figures_of(backwards: int, elapsed: int, idle: int, evaluation: int = 0, waited: int = 0) -> StageFigures:
+    """Figures in milliseconds; a stage whose fill took 10, 6 of them idle, and which evaluated twice."""
+    by_kind = {FORWARD: 10 * backwards, WAIT_GRADIENT: idle, EVALUATION: evaluation, WAIT_EVALUATION: waited}
     ns = tuple(1_000_000 * by_kind.get(kind, 0) for kind in KINDS)
-    return StageFigures(elapsed * 1_000_000, ns, 10_000_000, 6_000_000, backwards, delay=1, most_delay=1)
+    return StageFigures(elapsed * 1_000_000, ns, 10_000_000, 6_000_000, backwards, 1, most_delay=1, evaluations=2)
 
 
 def logged(*moments: dict[int, StageFigures]) -> list[dict[str, float]]:
     """What the monitor makes of these figures of all stages."""
     notes, monitor = Notes(), IdleMonitor(every_n_steps=1)
-    delays = {"promised_delay": lambda stage: 1 - stage}
-    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, schedule=Continuous(), **delays)
+    promised = {"promised_delay": lambda stage: 1 - stage, "promised_evaluation_idle_slots": 2}
+    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, schedule=Continuous(), **promised)
     trainer = Mock(strategy=strategy, loggers=[notes], is_global_zero=True, global_step=0)
     trainer.fit_loop.total_batch_idx = 0
     for moment in moments:
@@ -152,8 +155,15 @@ def test_the_numbers_are_of_the_time_since_the_last_ones_and_the_run_s_beside_th
 
 
 def test_evaluations_are_in_no_ratio() -> None:
-    row = logged({stage: figures_of(4, elapsed=1100, idle=20, evaluation=1000) for stage in range(2)})[0]
+    waited = (0, 40)
+    figures = {
+        stage: figures_of(4, elapsed=1100, idle=20, evaluation=1000 - waited[stage], waited=waited[stage])
+        for stage in range(2)
+    }
+    row = logged(figures)[0]
     assert row["pipe/evaluation_s"] == pytest.approx(1)
+    # 20 ms for each of two, on one of two stages; a slot takes 5 ms.
+    assert row["pipe/evaluation_idle_slots"] == pytest.approx(2)
     assert row["pipe/idle_ratio"] == row["pipe/idle_ratio_run"] == pytest.approx(20 / 100)
     assert row["pipe/idle_ratio_steady"] == pytest.approx((20 - 6) / (100 - 10))
 

@@ -113,7 +113,8 @@ NUMBERS = of_stages(
     "data_ms", "other_ms",
     "idle_ratio", "idle_ratio_steady", "idle_ratio_run", "delay_updates", "delay_promised_updates",
 ) | {
-    "pipe/idle_ratio", "pipe/idle_ratio_steady", "pipe/idle_ratio_run", "pipe/idle_ratio_predicted", "pipe/evaluation_s"
+    "pipe/idle_ratio", "pipe/idle_ratio_steady", "pipe/idle_ratio_run", "pipe/idle_ratio_predicted",
+    "pipe/evaluation_s", "pipe/evaluation_idle_slots", "pipe/evaluation_idle_slots_predicted",
 }  # fmt: skip
 
 RATES = {"throughput/batches_per_s", "throughput/samples_per_s", "throughput/flops_per_s"}
@@ -152,7 +153,8 @@ def test_every_number_is_plotted_over_the_trainer_s_steps(records: list[dict[str
 
 
 def test_the_name_of_each_number_ends_with_its_unit() -> None:
-    units = ("_ms", "_s", "_updates", "_ratio", "_ratio_steady", "_ratio_run", "_ratio_predicted")
+    units = ("_ms", "_s", "_updates", "_slots", "_slots_predicted")
+    units += ("_ratio", "_ratio_steady", "_ratio_run", "_ratio_predicted")
     assert all(name.endswith(units) for name in NUMBERS | RATES)
 
 

@@ -11,13 +11,16 @@ import torch
 from lightning_cpipe.engine.timeline import (
     BACKWARD,
     DATA,
+    EVALUATION,
     FORWARD,
     IDLE,
     KINDS,
     LEFT_OUT,
+    OF_EVALUATION,
     UPDATE,
     WAIT_ACTIVATION,
     WAIT_DECISION,
+    WAIT_EVALUATION,
     WAIT_GRADIENT,
     CudaTimeline,
     Span,
@@ -114,6 +117,31 @@ def test_a_span_that_ends_with_an_error_is_noted_too(clock: Clock) -> None:
 def test_idle_is_waiting_for_a_neighbour_and_nothing_else() -> None:
     assert set(IDLE) == {WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION}
     assert set(IDLE) < set(KINDS)
+    assert set(OF_EVALUATION) < set(KINDS) - set(IDLE)
+
+
+VALIDATED = (
+    (FORWARD, 0, 10), (WAIT_GRADIENT, 0, 1), (BACKWARD, 0, 20), (WAIT_EVALUATION, 0, 3), (EVALUATION, 0, 7),
+    (EVALUATION, 1, 7), (WAIT_ACTIVATION, 1, 2), (FORWARD, 1, 10), (WAIT_GRADIENT, 1, 5), (BACKWARD, 1, 20),
+    (WAIT_GRADIENT, 2, 1), (BACKWARD, 2, 20), (EVALUATION, 0, 7),
+)  # fmt: skip
+
+
+def test_what_an_evaluation_makes_a_stage_wait_for_is_its_own_until_the_next_backward(clock: Clock) -> None:
+    """It was idle time of training's."""
+    timeline = Timeline()
+    run(timeline, clock, *VALIDATED)
+    assert [timeline.sums_ns[kind] for kind in (WAIT_EVALUATION, WAIT_ACTIVATION, WAIT_GRADIENT)] == [3 + 2 + 5, 0, 2]
+    assert timeline.evaluations == 2
+    timeline.begin_training()
+    run(timeline, clock, (WAIT_ACTIVATION, 0, 9))
+    assert timeline.sums_ns[WAIT_ACTIVATION] == 9
+
+
+def test_where_every_mini_batch_begins_with_an_empty_pipeline_it_waits_for_that(clock: Clock) -> None:
+    timeline = Timeline(flows_on=False)
+    run(timeline, clock, *VALIDATED)
+    assert [timeline.sums_ns[kind] for kind in (WAIT_EVALUATION, WAIT_ACTIVATION, WAIT_GRADIENT)] == [3, 2, 7]
 
 
 class Gpu:

@@ -242,13 +242,13 @@ def test_an_input_that_a_stage_did_not_use_has_a_gradient_of_zeros(stages: tuple
 def test_a_raised_hand_travels_with_the_next_activation(stages: tuple[Stage, Stage]) -> None:
     first, last = stages
     run_on(stages, [0])
-    assert not last.stage.news.is_hand_raised()
-    first.stage.news.hand_raised = lambda: True
+    assert last.stage.news.asked == 0
+    first.stage.news.asks = lambda: 2
     run_on(stages, [1])
     # The forward of mini-batch 2 took it along.
-    assert first.stage.news.is_hand_raised()
+    assert first.stage.news.asked == 2
     last.forwards(2)
-    assert last.stage.news.is_hand_raised()
+    assert last.stage.news.asked == 2
 
 
 def test_figures_of_the_stages_before_come_with_the_activations(stages: tuple[Stage, Stage]) -> None:

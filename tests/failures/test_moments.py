@@ -128,8 +128,9 @@ def test_an_interrupt_from_the_keyboard_ends_all(run: Run, launcher: str, rank: 
     assert "Detected KeyboardInterrupt, attempting graceful shutdown" in ended.err
     assert "Traceback" not in ended.err
     if launcher == "popen":
-        # The launcher hands it on to the ranks that it started, and any of them may be the first to say so.
-        assert re.fullmatch(r"stage \d \(rank \d\) failed: at mini-batch \d+.*: interrupted.*", ended.cause)
+        # All ranks ended after the same step, so that none of them failed.
+        assert ended.status == 1
+        assert not ended.causes
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,13 @@ def test_an_interrupt_from_the_keyboard_ends_all(run: Run, launcher: str, rank: 
 def test_a_sigterm_to_one_rank_stops_all(run: Run, launcher: str, rank: int) -> None:
     ended = run(launcher, 2, **fault("terminate", rank))
     assert ended.seconds < ENDS_WITHIN_S
-    assert re.fullmatch(r"stage \d \(rank \d\) failed: at mini-batch \d+.*: SIGTERMException", ended.cause)
     assert "fitted" not in ended.out
+    if launcher == "fork":
+        assert re.fullmatch(r"stage \d \(rank \d\) failed: at mini-batch \d+.*: SIGTERMException", ended.cause)
+    else:
+        # As in Lightning, whose exception for it is one of `sys.exit()`.
+        assert ended.status == 0
+        assert not ended.causes
 
 
 BEFORE = list(itertools.product(LAUNCHERS, range(2), ("raise", "kill")))

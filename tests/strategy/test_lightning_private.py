@@ -85,6 +85,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.pytorch.loops.prediction_loop._PredictionLoop": None,
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop": None,
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._broadcast_sigterm_tensor": ("self",),
+    "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop._should_check_val_fx": ("self", "data_fetcher"),
     "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher": None,
     "lightning.pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher._wrapping_function": (
         "self",
@@ -124,6 +125,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer._signal_connector._sigterm_notifier_fn": ("signum", "_"),
     "trainer._signal_connector._slurm_sigusr_handler_fn": ("signum", "_"),
     "trainer._signal_connector.received_sigterm": None,
+    "trainer._val_check_time_interval": None,
     "lightning.pytorch.utilities.CombinedLoader([])._state_dicts": (),
     "trainer.fit_loop._combined_loader": None,
     "trainer.fit_loop._data_fetcher": None,
@@ -477,7 +479,7 @@ def test_a_sigterm_is_ours_and_goes_to_the_children() -> None:
             seen.append(signum)
 
     trainer.strategy._launcher = Launcher()
-    take_over_signals(trainer, lambda: seen.append("received"))
+    take_over_signals(trainer, lambda: seen.append("received"), lambda: seen.append("requeue"))
     connector = trainer._signal_connector
     connector.register_signal_handlers()
     try:
@@ -485,6 +487,8 @@ def test_a_sigterm_is_ours_and_goes_to_the_children() -> None:
     finally:
         connector.teardown()
     assert seen == [signal.SIGTERM, "received"]
+    connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)
+    assert seen.pop() == "requeue"
     assert not trainer.received_sigterm
     for received in (True, False):
         set_received_sigterm(trainer, received)

@@ -13,7 +13,6 @@ import pytest
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from torch import Tensor
 
-from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.engine.timeline import BACKWARD, FORWARD
 from tests.helpers.causes import cause
 from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer
@@ -176,13 +175,3 @@ def test_one_stage_ends_at_a_sigterm(entry: str) -> None:
 
 def test_an_evaluation_ends_at_a_sigterm() -> None:
     assert "SIGTERMException" in cause(2, Chain(), entry="validate", where="", callbacks=[terminating("validate")])
-
-
-def test_a_requeue_signal_of_slurm_is_ignored_with_a_warning() -> None:
-    """Lightning's handler saves a checkpoint wherever each rank happens to be, and all would wait for ever."""
-    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(), devices=1)
-    module = Chain()
-    module.trainer = trainer
-    trainer.strategy.connect(module)
-    with pytest.warns(UserWarning, match="requeueing is not supported"):
-        trainer._signal_connector._slurm_sigusr_handler_fn(signal.SIGUSR1, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -64,4 +66,29 @@ def test_validations_come_when_plain_lightning_has_them(name: str) -> None:
     plain = fit_alone(**options).found
     assert plain
     for of_rank in fit_in_pipeline(2, **options):
+        assert of_rank.found == plain
+
+
+class Late(Moments):
+    """The clock of rank 0 says that a validation is due after these steps; those of the others say other things."""
+
+    AFTER = (3, 4, 6)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        due = trainer.global_step in self.AFTER if trainer.is_global_zero else trainer.global_step % 2
+        trainer._last_val_time = -math.inf if due else math.inf
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_a_timed_validation_comes_when_it_is_time_on_rank_0(p: int) -> None:
+    """Each rank looked at its own clock, and those that validated waited for the others."""
+    options = {
+        "max_epochs": 1,
+        "val_check_interval": timedelta(hours=1),
+        "callbacks": lambda: [Late()],
+        "look": moments,
+    }
+    plain = fit_alone(Chain, noise_loader, partial(noise_loader, samples=7), **options).found
+    assert [moment[1] for moment in plain if moment[0] == "start"] == [0, *Late.AFTER]
+    for of_rank in fit_in_pipeline(p, Chain, noise_loader, partial(noise_loader, samples=7), **options):
         assert of_rank.found == plain
