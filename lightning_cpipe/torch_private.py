@@ -9,7 +9,8 @@ A test compares them, and what they do, with what is written below.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "scale_all",
     "set_version_counters",
     "storage_id",
+    "unprofiled",
     "written_arguments",
 ]
 
@@ -60,6 +62,23 @@ def set_version_counters(tensors: Sequence[Tensor], counters: Sequence[int]) -> 
 
 _TAKES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter).parameters
 """Since torch 2.7; before, one at a time."""
+
+
+@contextmanager
+def unprofiled() -> Iterator[None]:
+    """What begins inside is unknown to torch's profiler.
+
+    It writes the end of whatever it saw begin into its record of that time, which is gone if another cycle has begun
+    since: memory is destroyed by what takes that long.
+    """
+    if not torch.autograd._profiler_enabled():
+        yield
+        return
+    torch._C._autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._enable_record_function(True)
 
 
 def is_view(operator: Any) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 
 import lightning_cpipe
@@ -105,3 +107,11 @@ def test_the_costs_of_the_version_policies_are_those_of_the_schedule() -> None:
         schedule = Continuous(accumulate=int(accumulate), versions=POLICIES[name])
         assert late.split() == [str(schedule.most_delay(stage, 4)) for stage in range(4)], (name, accumulate)
         assert alive.split() == [str(schedule.live_versions(stage, 4)) for stage in range(4)], (name, accumulate)
+
+
+def test_every_argument_of_the_trainer_has_a_row() -> None:
+    text = (DOCS / "lightning.md").read_text().partition("## Trainer flags")[2].partition("\n## ")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert sorted(named) == sorted(inspect.signature(pl.Trainer).parameters)
+    assert {row.split(" | ")[1] for row in rows} == {"works", "differs", "refused"}

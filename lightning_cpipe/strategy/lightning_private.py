@@ -63,6 +63,7 @@ __all__ = [
     "callbacks_of",
     "combined_loader_of",
     "default_backend_for",
+    "end_open_records",
     "evaluation_arguments",
     "follow_plan",
     "has_transfer_hooks",
@@ -420,6 +421,15 @@ def reloads_loaders_at(trainer: pl.Trainer, epoch: int) -> bool:
     """Whether Lightning asks for new training loaders when it begins `epoch`."""
     every: int = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
     return bool(every) and epoch - trainer.fit_loop._last_train_dl_reload_epoch >= every
+
+
+def end_open_records(trainer: pl.Trainer) -> None:
+    """Let torch's profiler take the modules that have begun for ended, after a step that was left in the middle."""
+    register = getattr(trainer.profiler, "_register", None)  # type: ignore[attr-defined]
+    if register is not None:
+        for record in reversed(register._records.values()):
+            record.__exit__(None, None, None)
+        register._records.clear()
 
 
 def start_children(launcher: SubprocessScriptLauncher) -> None:

@@ -20,6 +20,7 @@ from lightning_cpipe.stage.randomness import derived_seed, seeded
 from lightning_cpipe.strategy.drawn import Drawn, Released
 from lightning_cpipe.strategy.elsewhere import on_another_rank
 from lightning_cpipe.strategy.lightning_private import (
+    end_open_records,
     has_transfer_hooks,
     prepare_batch,
     training_arguments,
@@ -201,6 +202,7 @@ class Steps:
             own = self._own(arguments, stage)
             with self._where_it_belongs(stage):
                 returned = stream.run(own[0], self._mark, seed, partial(step, *own))
+            end_open_records(self._trainer)
         return returned
 
     def _own(self, batch: Content, stage: int) -> Content:
@@ -242,6 +244,7 @@ class Steps:
                     return self._lightning_module.training_step(*arguments)
             finally:
                 self.running = False
+                end_open_records(self._trainer)
 
     def _look(self, stage: int, mini_batch: MiniBatch, received: Sequence[Tensor], table: TemplateTable) -> None:
         """See whether the user's step still uses no more than what crosses the cut."""

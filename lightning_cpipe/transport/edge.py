@@ -3,6 +3,8 @@
 Every lane has a process group of its own. On NCCL tags are ignored and one communicator takes its messages in order,
 so a shared one would serialise both directions; and with two stages, the neighbour before is the neighbour after.
 What counts on a lane is only that both ends take the messages in the same order, so messages carry no header.
+
+A message may take as long as a validation, and torch's profiler must not see it begin (see `unprofiled`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cpipe.errors import RankLostError
+from lightning_cpipe.torch_private import unprofiled
 from lightning_cpipe.tree import TensorSpec
 
 
@@ -99,7 +102,8 @@ class Edge:
 
     def _isend(self, tensor: Tensor) -> dist.Work:
         try:
-            work = dist.isend(tensor, dst=self._peer, group=self._group)
+            with unprofiled():
+                work = dist.isend(tensor, dst=self._peer, group=self._group)
         except RuntimeError as error:
             raise self._lost() from error
         assert work is not None
@@ -107,7 +111,8 @@ class Edge:
 
     def _irecv(self, buffer: Tensor) -> dist.Work:
         try:
-            work = dist.irecv(buffer, src=self._peer, group=self._group)
+            with unprofiled():
+                work = dist.irecv(buffer, src=self._peer, group=self._group)
         except RuntimeError as error:
             raise self._lost() from error
         assert work is not None

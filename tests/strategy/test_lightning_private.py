@@ -102,6 +102,8 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher._call_children_scripts": (
         "self",
     ),
+    "lightning.pytorch.profilers.PyTorchProfiler()._register": None,
+    "lightning.pytorch.profilers.pytorch.RegisterRecordFunction(module)._records": None,
     "lightning.pytorch.strategies.DDPStrategy()._layer_sync": None,
     "lightning.pytorch.trainer.connectors.logger_connector.result._distributed_is_initialized": (),
     "lightning.pytorch.utilities.exceptions._TunerExitException": None,
