@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,4 +209,24 @@ def signature(batch: Any) -> Signature:
         return (type(batch), *map(signature, batch))
     if dataclasses.is_dataclass(batch):
         return (type(batch), *(signature(getattr(batch, field.name)) for field in dataclasses.fields(batch)))
-    return (type(batch),)
+    return (type(batch), *map(signature, tensors_held_by(batch)))
+
+
+_KNOWN_TO_TORCH = "?bhilqBHILQefdFD"
+"""NumPy's types of numbers that are torch's, too, by their letters."""
+
+
+def tensors_held_by(leaf: Any, depth: int = 3) -> list[Tensor]:
+    """The tensors, and NumPy's arrays of numbers as such, in an object that is no nested structure; in order.
+
+    Batches may be objects of any class, with tensors on attributes or on those of their attributes.
+    """
+    if isinstance(leaf, Tensor):
+        return [leaf]
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        known = leaf.dtype.isnative and leaf.dtype.char in _KNOWN_TO_TORCH
+        return [torch.from_numpy(np.array(leaf))] if known else []
+    inner = dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", None)
+    if not isinstance(inner, dict) or isinstance(leaf, type) or not depth:
+        return []
+    return [tensor for each in flatten(inner)[0] for tensor in tensors_held_by(each, depth - 1)]

@@ -189,6 +189,14 @@ class Other:
     pass
 
 
+class Held:
+    """An object with something on an attribute of one of its attributes."""
+
+    def __init__(self, content: Any) -> None:
+        self.store = Other()
+        self.store.content = content
+
+
 DIFFERENT = [
     X,
     X[:1],
@@ -211,6 +219,10 @@ DIFFERENT = [
     1,
     "text",
     Other(),
+    Held(X),
+    Held(X[:1]),
+    X.numpy(),
+    X[:1].numpy(),
 ]
 
 

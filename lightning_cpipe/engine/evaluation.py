@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cpipe.engine.mini_batch import require_same
+from lightning_cpipe.engine.mini_batch import Mark, agreed
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.shapes import Shapes
 from lightning_cpipe.engine.timeline import EVALUATION, WAIT_EVALUATION, Timeline
@@ -36,7 +36,7 @@ class EvaluationStream:
         cut = module.cut.steps[name]
         self._shapes = Shapes(cut, cut.passages[module.stage])
 
-    def run(self, batch: Any, mark: tuple[int, int], seed: int, step: Callable[[], Any]) -> Any:
+    def run(self, batch: Any, mark: Mark, seed: int, step: Callable[[], Any]) -> Any:
         """Run this stage's part on one mini-batch.
 
         Args:
@@ -49,7 +49,7 @@ class EvaluationStream:
             On the last stage, what the step returned; None on the others.
         """
         kind = signature(batch)
-        told, received = self._receive(kind, mark)
+        told, received, mark = self._receive(kind, mark)
         with self._timeline.measure(EVALUATION, mark[0]):
             known = self._shapes.of(kind)
             new = told or known is None
@@ -63,14 +63,14 @@ class EvaluationStream:
                 self._to.activations_out.send(made.sent)
             return made.returned
 
-    def _receive(self, kind: Signature, mark: tuple[int, int]) -> tuple[bool, list[Tensor]]:
-        """Whether the shapes were told just now, and what came from the stage before."""
+    def _receive(self, kind: Signature, mark: Mark) -> tuple[bool, list[Tensor], Mark]:
+        """Whether the shapes were told just now, what came from the stage before, and the mark."""
         if self._to.records_in is None or self._to.activations_in is None:
-            return False, []
+            return False, [], mark
         with self._timeline.measure(WAIT_EVALUATION, mark[0]):
             theirs, table = self._to.records_in.receive()
-            require_same(self._module.stage, mark, theirs, self._name)
+            mark = agreed(self._module.stage, mark, theirs, self._name)
             known = self._shapes.of(kind) if table is None else self._shapes.learn(kind, table)
             assert known is not None, "the stage before says so when shapes are new"
             self._to.activations_in.post(known.received)
-            return table is not None, self._to.activations_in.receive()
+            return table is not None, self._to.activations_in.receive(), mark

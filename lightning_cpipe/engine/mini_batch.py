@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.errors import DataMismatchError
-from lightning_cpipe.tree import Signature, TensorSpec, as_bytes, flatten
+from lightning_cpipe.tree import Signature, TensorSpec, as_bytes, flatten, tensors_held_by
 
 _SAMPLE = 1024
 """Tensors with more elements than this are fingerprinted by so many of them, evenly spread."""
+
+
+Mark = tuple[int, int | None]
+"""The number of a mini-batch, and its fingerprint; None where it was not loaded."""
 
 
 @dataclass
@@ -24,7 +28,7 @@ class MiniBatch:
         number: in this run, from 0; the plan's number.
         seed: what the random numbers of its step follow from.
         batch: as the loader gave it.
-        fingerprint: of `batch`.
+        fingerprint: of `batch`; None where it was not loaded, until the stage before tells it.
         signature: of `batch`.
         updates_before: optimizer steps that come before its own; those that share one have the same.
     """
@@ -32,12 +36,12 @@ class MiniBatch:
     number: int
     seed: int
     batch: Any
-    fingerprint: int
+    fingerprint: int | None
     signature: Signature
     updates_before: int = 0
 
     @property
-    def mark(self) -> tuple[int, int]:
+    def mark(self) -> Mark:
         """What tells it apart from others."""
         return self.number, self.fingerprint
 
@@ -49,17 +53,23 @@ SAME_DATA = (
 )
 
 
-def require_same(stage: int, here: tuple[int, int], there: tuple[int, int], step: str) -> None:
-    """Compare the mark of a mini-batch on `stage` with that on the stage before.
+def agreed(stage: int, here: Mark, there: Mark, step: str) -> Mark:
+    """The mark of a mini-batch: the same on `stage`, unless that did not load it, as on the stage before.
 
     Raises:
         DataMismatchError: if they differ.
     """
-    if here != there:
+    if here != there and (here[0] != there[0] or here[1] is not None):
         raise DataMismatchError(
-            f"stage {stage} and stage {stage - 1} drew different mini-batches in {step}: number {here[0]} with"
-            f" fingerprint {here[1]:08x} here, number {there[0]} with fingerprint {there[1]:08x} there. {SAME_DATA}"
+            f"stage {stage} and stage {stage - 1} drew different mini-batches in {step}: {_in_words(here)} here,"
+            f" {_in_words(there)} there. {SAME_DATA}"
         )
+    return there
+
+
+def _in_words(mark: Mark) -> str:
+    number, found = mark
+    return f"number {number}" + ("" if found is None else f" with fingerprint {found:08x}")
 
 
 class Source(Protocol):
@@ -87,12 +97,12 @@ def fingerprint(batch: Any) -> int:
     """
     found = 0
     for leaf in flatten(batch)[0]:
-        if isinstance(leaf, Tensor):
-            content = repr(TensorSpec.of(leaf)).encode() + _sample(leaf).numpy().tobytes()
-        elif isinstance(leaf, (int, float, str, bytes, type(None))):
+        if isinstance(leaf, (int, float, str, bytes, type(None))):
             content = repr(leaf).encode()
         else:
             content = type(leaf).__qualname__.encode()
+            for tensor in tensors_held_by(leaf):
+                content += repr(TensorSpec.of(tensor)).encode() + _sample(tensor).numpy().tobytes()
         found = zlib.crc32(content, found)
     return found
 

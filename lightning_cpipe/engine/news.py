@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning_cpipe.engine.figures import Bookkeeper, StageFigures
-from lightning_cpipe.engine.mini_batch import MiniBatch
+from lightning_cpipe.engine.mini_batch import Mark, MiniBatch
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.tree import TemplateTable
 
@@ -21,7 +21,7 @@ class Record(NamedTuple):
         figures: what the stages before tell of themselves, by stage; empty most of the time.
     """
 
-    mark: tuple[int, int]
+    mark: Mark
     table: TemplateTable | None
     asked: int
     figures: dict[int, tuple[Any, ...]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.engine.choice import Choice
-from lightning_cpipe.engine.mini_batch import MiniBatch, Source, require_same
+from lightning_cpipe.engine.mini_batch import MiniBatch, Source, agreed
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.news import News, Record
 from lightning_cpipe.engine.shapes import Known, Shapes
@@ -201,7 +201,7 @@ class StageStream:
         assert self._to.records_in is not None
         with self._timeline.measure(WAIT_ACTIVATION, number):
             record = Record(*self._to.records_in.receive())
-            require_same(self._module.stage, mini_batch.mark, record.mark, STEP)
+            _, mini_batch.fingerprint = agreed(self._module.stage, mini_batch.mark, record.mark, STEP)
             self.news.hear(record)
             if record.table is not None:
                 self._shapes.learn(mini_batch.signature, record.table)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -60,9 +60,18 @@ def _has_fractions(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-FILLS = (random_like, _opposite, _huge_like, _zeros_like, random_like, random_like)
+Fill = Callable[[Tensor, torch.Generator], Tensor]
+
+FILLS: tuple[Fill, ...] = (random_like, _opposite, _huge_like, _zeros_like, random_like, random_like)
 """What is tried, in this order. Several: one may hit the true value of a small integer, or lie on the true value's side
 of an `if`."""
+
+
+def unlike_zeros(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Small numbers of the same kind, where those that were there are zeros and tell nothing."""
+    if _has_fractions(tensor.dtype):
+        return torch.randn(tensor.shape, generator=generator).to(tensor)
+    return torch.randint(0, 2, tensor.shape, generator=generator).to(tensor)
 
 
 class Scattered:

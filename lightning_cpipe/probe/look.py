@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.probe.fills import Scattered, is_integer
+from lightning_cpipe.probe.fills import Scattered, is_integer, unlike_zeros
 from lightning_cpipe.probe.step import Step
 from lightning_cpipe.probe.trial import Trial
 from lightning_cpipe.stage.cut import Passage, Value
@@ -65,5 +65,24 @@ def used_unreceived(
     others = Scattered(specs, passage.ranges, step.seed, device)
     try:
         return trial.culprits(list(specs), [others.above, others.below])
+    finally:
+        trial.close()
+
+
+def read_unloaded(
+    root: nn.Module,
+    step: Step,
+    passage: Passage,
+    templates: TemplateTable,
+    received: Sequence[Tensor],
+    device: torch.device,
+) -> list[Tensor] | None:
+    """The tensors of its batch on which a stage depends that has zeros in their place; see `used_unreceived`."""
+    if step.batch is None:
+        return None
+    known = {crossing.value: tensor.detach() for crossing, tensor in zip(passage.receives, received)}
+    trial = Trial(root, step, passage, known, lambda value: True, templates, device)
+    try:
+        return trial.reads(step.batch, (unlike_zeros, unlike_zeros))
     finally:
         trial.close()

@@ -18,7 +18,7 @@ The probe changes nothing: not the module, not the generators.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
@@ -26,7 +26,7 @@ from operator import or_
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.fills import range_of
@@ -37,7 +37,7 @@ from lightning_cpipe.probe.trial import NOTHING, Traces, Trial
 from lightning_cpipe.probe.uncut import compare_with_uncut, refusal, weights_behind
 from lightning_cpipe.stage.cut import Crossing, Cut, Passage, StepCut, Value
 from lightning_cpipe.stage.isolation import Isolation
-from lightning_cpipe.tree import TemplateTable
+from lightning_cpipe.tree import TemplateTable, TensorSpec
 
 Check = Literal["auto", "full", "fills"]
 
@@ -52,8 +52,9 @@ def probe(
     starts: Sequence[str],
     device: torch.device,
     check: Check | None = "auto",
+    unread: Collection[int] = (),
 ) -> Cut:
-    """Find the cut of `root` into stages that begin at `starts`.
+    """Find the cut of `root` into stages that begin at `starts`; those in `unread` will have no batch.
 
     With `check` None, nothing is compared with the uncut module: who asks does that.
 
@@ -80,7 +81,7 @@ def probe(
         homes.require_few_ties()
         for cutter in cutters:
             with _naming_the_cut(starts), isolation.of(cutter.seed):
-                cutter.follow_numbers(homes, compare=check is not None)
+                cutter.follow_numbers(homes, unread, compare=check is not None)
                 if starts and check is not None:
                     full = compares_gradients(root, check)
                     cutter.compare_all(with_gradients=full)
@@ -171,8 +172,8 @@ class _Cutter:
             sends = tuple(Crossing(v, True, self._rewritten(v)) for v in trial.values if v in dependence.values)
         self._needed_by_gradient = found[::-1]
 
-    def follow_numbers(self, homes: Homes, *, compare: bool) -> None:
-        """From the last stage to the first: what the results depend on in any way.
+    def follow_numbers(self, homes: Homes, unread: Collection[int], *, compare: bool) -> None:
+        """From the last stage to the first: what the results depend on in any way; of those `unread`, not on the batch.
 
         With `compare`, each stage must make what the whole module made.
         """
@@ -181,6 +182,8 @@ class _Cutter:
             with self._trial(stage, sends) as trial:
                 if self._starts and compare:
                     self._require_right(trial)
+                if stage in unread:
+                    self._require_unread(trial)
                 sends = self._settle(trial, homes.stand_ins(stage))
                 received = {crossing.value for crossing in sends}
                 other = {v: tensor for v, tensor in trial.values.items() if v not in received}
@@ -277,6 +280,11 @@ class _Cutter:
             what = "the loss, a logged value or the output" if last else f"what stage {trial.passage.stage} sends"
             raise self._refusal(f"{what} of {self.name} differs from the uncut module's", trial.passage)
 
+    def _require_unread(self, trial: Trial) -> None:
+        batch = self._recorded.step.batch
+        if batch is not None and (read := trial.reads(batch)) is not None:
+            raise reads_batch(trial.passage.stage, self.name, read)
+
     def _refusal(self, what: str, passage: Passage | None = None) -> CutError:
         return refusal(what, [] if passage is None else self._origins(passage), self._suspects())
 
@@ -308,6 +316,16 @@ class _Cutter:
         """The attributes that the step changes; buffers of stubs are where they belong."""
         changes = [(self._root.get_submodule(module), module, key) for module, key in self._recorded.changes]
         return [f"{name}.{key}" if name else key for module, name, key in changes if key not in module._buffers]
+
+
+def reads_batch(stage: int, step: str, read: Sequence[Tensor], when: str = "") -> CutError:
+    """A stage that has no batch depends on some tensors of it."""
+    told = ", ".join(str(TensorSpec.of(tensor)) for tensor in read) or "several tensors together"
+    return CutError(
+        f"load_on='ends': what stage {stage} makes in {step}{when} depends on the batch ({told}), which its rank would"
+        " not load: code between the modules reads it, as for a mask. Compute that inside the first block, let the"
+        " blocks hand it on, or set load_on='all'."
+    )
 
 
 @contextmanager

@@ -40,6 +40,25 @@ class Observed:
         return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
+class StepBatch:
+    """The batch of a step, for which others can stand.
+
+    Args:
+        batch: as the step gets it.
+        call: runs the step on a batch.
+    """
+
+    def __init__(self, batch: Any, call: Callable[[Any], Observed]) -> None:
+        self._leaves, self._structure = flatten(batch)
+        self._call = call
+        self.tensors = {place: leaf for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)}
+        """Its tensors, by their places among its leaves."""
+
+    def call_with(self, others: Mapping[int, Tensor]) -> Observed:
+        """Run the step with other tensors in these places."""
+        return self._call(self._structure.build(others.get(place, leaf) for place, leaf in enumerate(self._leaves)))
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of the whole module.
@@ -51,6 +70,7 @@ class Step:
         seed: what its random numbers follow from.
         signature: of its batch.
         precision: what it computes in, as the trainer names it.
+        batch: what it runs on, where it matters whether a stage depends on that.
     """
 
     name: str
@@ -59,6 +79,7 @@ class Step:
     seed: int
     signature: Signature
     precision: str = ""
+    batch: StepBatch | None = None
 
     def run(self) -> Observed:
         """Call it, from the same random state each time, and with a graph only if it trains."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_cpipe.equality import close, same_bits, same_leaf
-from lightning_cpipe.probe.fills import FILLS, is_one_integer, random_like
+from lightning_cpipe.probe.fills import FILLS, Fill, is_one_integer, random_like
 from lightning_cpipe.probe.gradients import gradients
-from lightning_cpipe.probe.step import Observed, RecordedStep, Step
+from lightning_cpipe.probe.step import Observed, RecordedStep, Step, StepBatch
 from lightning_cpipe.probe.touched import TouchedParameters
 from lightning_cpipe.probe.untouched import Place, Snapshot, untouched
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
@@ -150,6 +150,19 @@ class Trial:
         """Whether the results change when random numbers stand in these parameters."""
         return self._differs(_Baseline(partial(self._outcome, {})), {}, names)
 
+    def reads(self, batch: StepBatch, fills: Sequence[Fill] = FILLS) -> list[Tensor] | None:
+        """The tensors of the step's batch on which the results depend, whatever the stubs return; None if on nothing.
+
+        Where only several tensors together make a difference, the list is empty.
+        """
+        baseline = _Baseline(partial(self._outcome, {}))
+
+        def counts(places: Iterable[int]) -> bool:
+            return any(self._differs(baseline, {}, step=self._on_other(batch, fill, places)) for fill in fills)
+
+        tensors = batch.tensors
+        return [tensors[place] for place in tensors if counts([place])] if counts(tensors) else None
+
     def depending_on(self, candidates: Sequence[Value]) -> list[Value]:
         """Those of `candidates` that the results depend on in any way, and those of which that can't be told."""
         untold = [v for v in candidates if is_one_integer(self.values[v])]
@@ -160,10 +173,16 @@ class Trial:
         """Those of `values` in whose place the numbers of any of `fills` make a difference to the results."""
         return self._culprits(values, fills, _Baseline(partial(self._outcome, {}))) if values else []
 
-    def _replayed(self, received: Mapping[Value, Tensor], watch: AbstractContextManager[Any] | None = None) -> Any:
+    def _replayed(
+        self,
+        received: Mapping[Value, Tensor],
+        watch: AbstractContextManager[Any] | None = None,
+        step: Step | None = None,
+    ) -> Any:
         """One replay: what it returned or sent."""
+        run = (step or self._step).run
         with watch or nullcontext():
-            made = self._replay.run(self._step.name, self._step.run, list(received.values()), self._templates)
+            made = self._replay.run(self._step.name, run, list(received.values()), self._templates)
         return made.sent if made.returned is None else made.returned
 
     def _left(self, watch: AbstractContextManager[Any] | None = None) -> dict[Place, list[Any]]:
@@ -172,20 +191,32 @@ class Trial:
             self._replayed(self.values, watch)
             return _read_by_others(self._root, before)
 
-    def _outcome(self, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> list[Any]:
+    def _outcome(
+        self, fills: Mapping[Value, Tensor], shaken: Iterable[str] = (), step: Step | None = None
+    ) -> list[Any]:
         received = {v: fills.get(v, tensor).detach() for v, tensor in self.values.items()}
         with untouched(self._root) as before, _random_weights(self._root, shaken, self._generator):
-            result = self._replayed(received)
+            result = self._replayed(received, step=step)
             written = chain.from_iterable(_read_by_others(self._root, before).values())
         made = result.facts if isinstance(result, Observed) else [tensor.detach().clone() for tensor in result]
         return [*made, *(leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in written)]
 
-    def _filled(self, fill: Callable[[Tensor, torch.Generator], Tensor], value: Value) -> Tensor:
+    def _on_other(self, batch: StepBatch, fill: Fill, places: Iterable[int]) -> Step:
+        others = {place: fill(batch.tensors[place], self._generator) for place in places}
+        return replace(self._step, call=partial(batch.call_with, others))
+
+    def _filled(self, fill: Fill, value: Value) -> Tensor:
         return fill(self.values[value], self._generator)
 
-    def _differs(self, baseline: _Baseline, fills: Mapping[Value, Tensor], shaken: Iterable[str] = ()) -> bool:
+    def _differs(
+        self,
+        baseline: _Baseline,
+        fills: Mapping[Value, Tensor],
+        shaken: Iterable[str] = (),
+        step: Step | None = None,
+    ) -> bool:
         try:
-            return not baseline.equals(self._outcome(fills, shaken))
+            return not baseline.equals(self._outcome(fills, shaken, step))
         except torch.OutOfMemoryError:
             # That says something of the machine, not of the step.
             raise

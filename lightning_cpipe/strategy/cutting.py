@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -36,7 +37,13 @@ from lightning_cpipe.stage.pages import let_tensors_into_the_heap
 from lightning_cpipe.stage.weights import make_room, needed_by, replace, standing_in
 from lightning_cpipe.strategy.blueprint import Blueprint
 from lightning_cpipe.strategy.ending import in_words
-from lightning_cpipe.strategy.loops import evaluation_of, fetcher_of, validation_of
+from lightning_cpipe.strategy.loops import (
+    PipelineEvaluationLoop,
+    PipelinePredictionLoop,
+    evaluation_of,
+    fetcher_of,
+    validation_of,
+)
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
@@ -191,7 +198,9 @@ def _find(
     error: CutError | None = None
     if processes.rank == 0:
         try:
-            found = find_cut(module, steps, processes.num_stages, asked.split_points, device, asked.check, needs)
+            num_stages, at, check = processes.num_stages, asked.split_points, asked.check
+            unread = processes.stages_between if asked.load_on == "ends" else ()
+            found = find_cut(module, steps, num_stages, at, device, check, needs, unread)
         except CutError as raised:
             error = raised
     cut = processes.control.share(found)
@@ -255,20 +264,45 @@ def probe_steps(
         trainer.fit_loop.setup_data()
         first = fetcher_of(trainer).peek()
         _require_same_first_batch(processes, None if first is None else first.fingerprint)
+        _require_same_length(processes, "training loaders", trainer.num_training_batches)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
         steps = [training_probe_step(module, first, device, seed, num_microbatches)]
         if trainer.enable_validation:
-            steps += evaluation_probe_step(module, validation_of(trainer), "validation_step", device, seed)
+            steps += _evaluation_probe_step(processes, module, validation_of(trainer), "validation_step", device, seed)
         return steps
     name, loop = evaluation_of(trainer)
-    return evaluation_probe_step(module, loop, name, device, seed)
+    return _evaluation_probe_step(processes, module, loop, name, device, seed)
+
+
+def _evaluation_probe_step(
+    processes: Processes,
+    module: pl.LightningModule,
+    loop: PipelineEvaluationLoop | PipelinePredictionLoop,
+    name: str,
+    device: torch.device,
+    seed: int,
+) -> list[Step]:
+    steps = evaluation_probe_step(module, loop, name, device, seed)
+    _require_same_length(processes, f"loaders of {name}", loop.max_batches)
+    return steps
 
 
 def _require_same_first_batch(processes: Processes, fingerprint: int | None) -> None:
     found = processes.control.compare(fingerprint)
-    others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    others = [rank for rank, theirs in enumerate(found) if theirs not in (found[0], None)]
     if others:
         raise DataMismatchError(
             f"the training loaders differ: rank 0 and rank {others[0]} drew different first batches. {SAME_DATA}"
+        )
+
+
+def _require_same_length(processes: Processes, loaders: str, batches: Any) -> None:
+    """Where one rank comes to the end before another, that would wait for ever."""
+    found = processes.control.compare(batches)
+    others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+    if others:
+        raise DataMismatchError(
+            f"the {loaders} differ: rank 0 has {found[0]} batches, and rank {others[0]} has {found[others[0]]}."
+            f" {SAME_DATA}"
         )

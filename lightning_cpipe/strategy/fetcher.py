@@ -39,6 +39,7 @@ class LookaheadFetcher(DataFetcher):
         stream: draws inside it see the same random numbers on every rank.
         timeline: where time is noted.
         crosses_epochs: whether the next epoch may begin before this one is done.
+        loads: whether batches are loaded here, with numbers of their own.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LookaheadFetcher(DataFetcher):
         stream: Callable[[], AbstractContextManager[None]],
         timeline: Timeline,
         crosses_epochs: bool,
+        loads: bool = True,
     ) -> None:
         super().__init__()
         self._trainer = trainer
@@ -58,7 +60,10 @@ class LookaheadFetcher(DataFetcher):
         self._stream = stream
         self._timeline = timeline
         self._crosses_epochs = crosses_epochs
+        self._loads = loads
         self._queue: deque[Drawn] = deque()
+        self._empty: set[int] = set()
+        """The epochs that were walked over, since there was nothing in them."""
         self._count = 0
         self._first_number = trainer.fit_loop.total_batch_idx + 1
         self._updates = UpdateCount(trainer)
@@ -71,12 +76,14 @@ class LookaheadFetcher(DataFetcher):
         super().setup(combined_loader)
         self._reader = EpochReader(combined_loader)
         self._queue.clear()
+        self._empty.clear()
 
     @override
     def __iter__(self) -> LookaheadFetcher:
         """Be ready for the trainer's current epoch; does nothing if the fetcher has walked into it already."""
         epoch = self._trainer.current_epoch
-        if self._reader.epoch != epoch and not any(drawn.epoch == epoch for drawn in self._queue):
+        begun = epoch in (self._reader.epoch, *self._empty) or any(drawn.epoch == epoch for drawn in self._queue)
+        if not begun:
             with self._stream():
                 self._reader.begin(epoch)
         self.reset()
@@ -119,7 +126,7 @@ class LookaheadFetcher(DataFetcher):
         here = self._trainer.current_epoch, resumed_at
         next_one = self._queue[0] if self._queue else None
         place = (self._reader.epoch, self._reader.next_index) if next_one is None else (next_one.epoch, next_one.index)
-        if place != here:
+        if place != here and here[0] not in self._empty:
             # What was drawn for the set-up came before the checkpoint was loaded. The loader starts anew, as it does
             # in Lightning, unless it knows its place.
             self._queue.clear()
@@ -157,9 +164,11 @@ class LookaheadFetcher(DataFetcher):
         try:
             with self._stream():
                 batch = self._reader.read()
-                if batch is None and self._may_walk_on():
+                while batch is None and self._may_walk_on():
                     self._reader.begin(self._reader.epoch + 1)
                     batch = self._reader.read()
+                    if batch is None:
+                        self._empty.add(self._reader.epoch)
         finally:
             self._stop_profiler()
         return batch
@@ -182,7 +191,7 @@ class LookaheadFetcher(DataFetcher):
             number=self._count,
             seed=derived_seed(self._seed, "mini-batch", self._first_number + self._count),
             batch=batch.content,
-            fingerprint=fingerprint(batch.content),
+            fingerprint=fingerprint(batch.content) if self._loads else None,
             signature=signature(batch.content),
             epoch=batch.epoch,
             index=batch.batch_idx,

@@ -72,6 +72,7 @@ __all__ = [
     "instead_of",
     "known_metrics",
     "learn_metrics",
+    "loaders_as",
     "logging_for",
     "optimizers_to_device",
     "plan_timed_validation",
@@ -270,6 +271,23 @@ def attach_for_training(trainer: pl.Trainer, module: pl.LightningModule) -> None
 def combined_loader_of(loop: Any) -> Any:
     """The loop's `CombinedLoader`, once `setup_data` has made it."""
     return loop._combined_loader
+
+
+@contextmanager
+def loaders_as(loop: Any, read: Callable[[CombinedLoader], CombinedLoader], mode: Any) -> Iterator[None]:
+    """Inside, the loop gets what `read` makes of its loaders, put together by `mode` unless they are already."""
+    source = loop._data_source
+    ask = source.dataloader
+
+    def dataloader() -> CombinedLoader:
+        found = ask()
+        return read(found if isinstance(found, CombinedLoader) else CombinedLoader(found, mode))
+
+    undo = instead_of(source, "dataloader", dataloader)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def training_arguments(trainer: pl.Trainer, batch: Any, batch_idx: int) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,8 +20,9 @@ from torch import Tensor
 from lightning_cpipe.engine.mini_batch import MiniBatch
 from lightning_cpipe.engine.stage_stream import STEP
 from lightning_cpipe.errors import CutError
-from lightning_cpipe.probe.look import used_unreceived
-from lightning_cpipe.probe.step import Observed, Step
+from lightning_cpipe.probe.look import read_unloaded, used_unreceived
+from lightning_cpipe.probe.probe import reads_batch
+from lightning_cpipe.probe.step import Observed, Step, StepBatch
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.probing import not_compiled, run_unheard
@@ -39,12 +41,16 @@ class Looks:
         module: whose step it is.
         stage_module: the stage.
         device: where it computes.
+        loads: whether batches have their numbers here.
     """
 
-    def __init__(self, module: pl.LightningModule, stage_module: StageModule, device: torch.device) -> None:
+    def __init__(
+        self, module: pl.LightningModule, stage_module: StageModule, device: torch.device, loads: bool = True
+    ) -> None:
         self._module = module
         self._stage_module = stage_module
         self._device = device
+        self._loads = loads
         self._last: int | None = None
 
     def look(
@@ -67,14 +73,16 @@ class Looks:
         """
         cut, stage = self._stage_module.cut, self._stage_module.stage
 
-        def call() -> Observed:
+        def call(*arguments: Any) -> Observed:
             return Observed(None, *run_unheard(self._module, STEP, arguments))
 
-        step = Step(STEP, call, True, mini_batch.seed, mini_batch.signature)
+        on_another = None if self._loads else StepBatch(arguments[0], lambda batch: call(batch, *arguments[1:]))
+        step = Step(STEP, partial(call, *arguments), True, mini_batch.seed, mini_batch.signature, batch=on_another)
         passage = cut.steps[STEP].passages[stage]
         try:
             with not_compiled(), self._stage_module.drawing(mini_batch.seed):
                 found = used_unreceived(self._module, step, passage, table, received, self._device)
+                read = read_unloaded(self._module, step, passage, table, received, self._device)
         except CutError:
             raise
         except Exception as error:
@@ -85,6 +93,8 @@ class Looks:
                 stacklevel=2,
             )
             return
+        if read is not None:
+            raise reads_batch(stage, STEP, read, f" of mini-batch {mini_batch.number}")
         if found:
             before = "" if self._last is None else f" They did not for mini-batch {self._last}, when it looked last."
             raise CutError(

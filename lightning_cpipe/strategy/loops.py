@@ -10,10 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
@@ -31,6 +33,7 @@ from lightning_cpipe.strategy.lightning_private import (
     adopt,
     as_of,
     instead_of,
+    loaders_as,
 )
 
 
@@ -39,6 +42,9 @@ class Pipeline(Protocol):
 
     def make_fetcher(self) -> LookaheadFetcher:
         """A fetcher for this stage."""
+
+    def read(self, loader: CombinedLoader, *, training: bool) -> CombinedLoader:
+        """The loaders of a loop, as this rank reads them."""
 
     def begin_stream(self) -> None:
         """Training begins."""
@@ -141,6 +147,11 @@ class PipelineFitLoop(FitLoop):
         return self.fetcher if isinstance(self.fetcher, LookaheadFetcher) else self.pipeline.make_fetcher()
 
     @override
+    def setup_data(self) -> None:
+        with loaders_as(self, partial(self.pipeline.read, training=True), "max_size_cycle"):
+            super().setup_data()
+
+    @override
     def run(self) -> None:
         self.forget_loaders_of_another_epoch()
         with self.pipeline.obeying_signals(), _not_transferred_twice(self.trainer):
@@ -188,7 +199,8 @@ class _ForwardOnly:
     def setup_data(self) -> None:
         # The strategy's set-up has asked for the loaders already, to look at their first batch.
         if not self._is_set_up:
-            super().setup_data()  # type: ignore[misc]
+            with loaders_as(self, partial(self.pipeline.read, training=False), "sequential"):
+                super().setup_data()  # type: ignore[misc]
 
     def set_up_once(self) -> None:
         """Set the loaders up now; the next `run` uses them."""

@@ -11,6 +11,7 @@ from lightning_cpipe.schedules.schedule import Schedule
 Clip = Literal["stage", "suffix", "lagged"]
 """By which norm the continuous schedule clips the gradient of a stage; see `ContinuousPipeStrategy`."""
 
+LoadOn = Literal["all", "ends"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 
@@ -32,6 +33,7 @@ class Options:
     cross_epoch: bool = True
     check: Check = "auto"
     looks: bool = True
+    load_on: LoadOn = "all"
     timeout: float = 60.0
     process_group_backend: str | None = None
     start_method: StartMethod = "popen"

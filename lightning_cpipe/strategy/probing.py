@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from lightning_cpipe.balance.measure import measure
 from lightning_cpipe.balance.memory import MemoryNeeds
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.probe import Check, probe
-from lightning_cpipe.probe.step import Observed, Step
+from lightning_cpipe.probe.step import Observed, Step, StepBatch
 from lightning_cpipe.probe.survey import Survey, survey
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.schedules.continuous import Continuous
@@ -97,6 +97,7 @@ def find_cut(
     device: torch.device,
     check: Check | None,
     needs: MemoryNeeds | None = None,
+    unread: Collection[int] = (),
 ) -> Cut:
     """Choose where to cut, and probe it; see `probe`.
 
@@ -108,6 +109,7 @@ def find_cut(
         device: where the module is.
         check: see `ContinuousPipeStrategy`.
         needs: of memory, if there is a limit.
+        unread: the stages that will have no batch.
 
     Raises:
         CutError: if the module can't be cut there.
@@ -120,7 +122,7 @@ def find_cut(
                 f"{num_stages} stages, balanced by {by}. `split_points={list(choice.starts)}` would cut in the same"
                 " places anywhere."
             )
-        return probe(module, steps, choice.survey, choice.starts, device, check)
+        return probe(module, steps, choice.survey, choice.starts, device, check, unread)
 
 
 def not_compiled() -> AbstractContextManager[Any]:
@@ -233,7 +235,9 @@ def run_unheard(module: pl.LightningModule, name: str, arguments: tuple[Any, ...
 
 def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], seed: int, kind: Any) -> Step:
     call, trains = partial(observe, module, name, arguments), name == "training_step"
-    return Step(name, call, trains, derived_seed(seed, name), kind, str(module.trainer.precision))
+    batch, *others = arguments
+    on_another = StepBatch(batch, lambda batch: observe(module, name, (batch, *others)))
+    return Step(name, call, trains, derived_seed(seed, name), kind, str(module.trainer.precision), on_another)
 
 
 @contextmanager

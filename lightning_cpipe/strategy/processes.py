@@ -25,7 +25,8 @@ from lightning_cpipe.transport.first_cause import ORPHANED, say, sentence_if_kil
 from lightning_cpipe.transport.last_words import LastWords
 from lightning_cpipe.transport.launched import Guard, launcher
 from lightning_cpipe.transport.liveness import Watch
-from lightning_cpipe.transport.wiring import Lanes, Link, Wiring
+from lightning_cpipe.transport.records import Records
+from lightning_cpipe.transport.wiring import BatchLane, Lanes, Link, Wiring
 
 START_UP = timedelta(minutes=10)
 """How long the ranks wait for each other at the start; importing torch in many processes at once takes its time."""
@@ -112,6 +113,26 @@ class Processes:
     def lanes(self, in_flight: int, links: Mapping[Link, int]) -> list[Lanes]:
         """The lanes to the neighbours of each of its places, and the links with stages of other ranks."""
         return [Lanes()] if self._wiring is None else self._wiring.lanes(in_flight, links)
+
+    def batch_lane(self, lane: BatchLane) -> tuple[Records | None, Records | None]:
+        """The ends, in and out, of a lane on which a rank tells the next one what batches are like.
+
+        Neither reaches a rank that loads them itself: the first and the last.
+        """
+        if self._wiring is None:
+            return None, None
+        hears, tells = self._wiring.batch_lane(lane)
+        return None if self.is_at_an_end else hears, None if self.rank <= 1 else tells
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether this rank holds the first stage or the last one."""
+        return self.rank in (0, self.num_ranks - 1)
+
+    @property
+    def stages_between(self) -> frozenset[int]:
+        """The stages of all other ranks."""
+        return frozenset(stage for rank in range(1, self.num_ranks - 1) for stage in stages_of(rank, self.held))
 
     def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """This rank can't go on: find out, or say, what the first cause was.

@@ -29,7 +29,7 @@ from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.strategy.lightning_private import callbacks_of
-from lightning_cpipe.strategy.options import Clip, Options
+from lightning_cpipe.strategy.options import Clip, LoadOn, Options
 from lightning_cpipe.strategy.scheduling import in_words, schedule_of
 from lightning_cpipe.strategy.step_names import STEPS
 
@@ -127,6 +127,13 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield (
             f"process_group_backend={asked.process_group_backend!r}: tensors of GPUs travel by NCCL, which does not"
             " hold up the process until they have left. Leave it out."
+        )
+    if asked.load_on not in get_args(LoadOn):
+        yield f"load_on={asked.load_on!r}: there is none of that name; there are 'all' and 'ends'."
+    elif asked.load_on == "ends" and flushes:
+        yield (
+            f"load_on='ends': with {written} each rank slices its own batches. Leave it out, or take the continuous"
+            " schedule."
         )
     if asked.timeout <= 0:
         yield f"timeout={asked.timeout:g}: it is in seconds, and must be more than 0."

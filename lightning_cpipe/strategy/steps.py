@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cpipe.engine.mini_batch import MiniBatch, fingerprint
+from lightning_cpipe.engine.mini_batch import Mark, MiniBatch, fingerprint
 from lightning_cpipe.engine.stage_stream import InFlight, OfLoss
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
@@ -43,9 +43,10 @@ class Steps:
         run: the stages and their streams.
         seed: what all random numbers follow from.
         device: where the stages compute.
+        loads: whether this rank loads batches, with numbers of their own.
     """
 
-    def __init__(self, trainer: pl.Trainer, run: StageRun, seed: int, device: torch.device) -> None:
+    def __init__(self, trainer: pl.Trainer, run: StageRun, seed: int, device: torch.device, loads: bool = True) -> None:
         self._trainer = trainer
         self._lightning_module = trainer.lightning_module
         self._precision = trainer.precision_plugin
@@ -53,11 +54,12 @@ class Steps:
         self._several = run.cut.num_stages > 1
         self._seed = seed
         self._device = device
+        self._loads = loads
         self._takes_batch_idx = self._transfers_its_own_way = True
         self._evaluations = 0
-        self._mark = (-1, 0)
+        self._mark: Mark = (-1, None)
         self._trainable: dict[str, bool] = {}
-        self._looks = {each.stage: Looks(self._lightning_module, each, device) for each in run.modules}
+        self._looks = {each.stage: Looks(self._lightning_module, each, device, loads) for each in run.modules}
         self._micro_batches: MicroBatches | None = None
         self._one_step = OneStep(trainer)
         self.running = False
@@ -110,8 +112,11 @@ class Steps:
         """A batch as the step gets it; `as_usual` does what Lightning does with those of an evaluation."""
         if isinstance(batch, Released):
             return self._prepared(batch.drawn)
-        prepared = as_usual(batch)
-        self._mark = (self._mark[0] + 1, fingerprint(batch) if self._several else 0)
+        number = self._mark[0] + 1
+        own = derived_seed(self._seed, "transfer", self._evaluations, number)
+        with seeded(own) if self._several and self._transfers_its_own_way else nullcontext():
+            prepared = as_usual(batch)
+        self._mark = (number, fingerprint(batch) if self._several and self._loads else None)
         return prepared
 
     def train(self) -> Any:
@@ -188,7 +193,7 @@ class Steps:
     def evaluating(self) -> Iterator[None]:
         """An evaluation runs inside, in a random scope of its own where several ranks must agree."""
         self._evaluations += 1
-        self._mark = (-1, 0)
+        self._mark = (-1, None)
         own = seeded(derived_seed(self._seed, "evaluation", self._evaluations))
         with own if self._several else nullcontext():
             yield

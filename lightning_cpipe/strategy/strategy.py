@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -41,7 +42,7 @@ from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
-from lightning_cpipe.stage.randomness import Stream, get_state, set_state
+from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, seeded, set_state
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
@@ -49,6 +50,7 @@ from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.hearsay import Hearsay, Unread
 from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
 from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
 from lightning_cpipe.strategy.lightning_private import (
@@ -60,7 +62,7 @@ from lightning_cpipe.strategy.lightning_private import (
 )
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
-from lightning_cpipe.strategy.options import Clip, Options, StartMethod
+from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.refusals import (
     reasons_in_accumulation,
@@ -136,6 +138,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             with the uncut module's, gradients aside; ``full`` compares all gradients too; ``auto`` is ``full`` below
             50 million parameters. Where gradients are not compared, a module that `configure_model` builds is
             never whole on any rank.
+        load_on: which ranks iterate the loaders. ``all``; or ``ends``: those with the first and the last stage. The
+            others get zeros for the numbers in a batch, and the set-up proves that their stages do not need more. A
+            data module may ask `loads_data`, and spare a rank what is never read.
         looks: whether each stage looks again, before mini-batches 0, 1, 2, 4, 8, …, if the step begins to use what it
             does not receive. Without, what the first mini-batch shows is trusted.
         timeout: seconds without a sign of life after which a rank counts as dead.
@@ -167,6 +172,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         cross_epoch: bool = True,
         check: Check = "auto",
         looks: bool = True,
+        load_on: LoadOn = "all",
         timeout: float = 60.0,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -205,6 +211,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             cross_epoch=cross_epoch,
             check=check,
             looks=looks,
+            load_on=load_on,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -218,7 +225,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._options = sized(self._options, self._schedule)
         self._seed = 0
         self._stream: Stream | None = None
+        self._evaluation_stream: Stream | None = None
         self._processes: Processes | None = None
+        self._hearsay = self._hearsay_of_evaluations = Hearsay()
         self._at_hand: RunAtHand | None = None
         self._blueprint: Blueprint | None = None
         self._reading: Reading = nullcontext
@@ -378,6 +387,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             self._processes = Processes(
                 self.cluster_environment, self._held, self.root_device, self._options.process_group_backend
             )
+            if self._options.load_on == "ends":
+                self._hearsay = Hearsay(*self._processes.batch_lane("batches"))
+                self._hearsay_of_evaluations = Hearsay(*self._processes.batch_lane("eval_batches"))
         self._processes.begin(self._options.timeout, self.words_folder)
         # What is drawn while data and module are set up is the same on all ranks, seeded or not.
         set_state(self._processes.control.share(get_state()))
@@ -424,6 +436,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         }
         self.timeline = self.timelines[self.stage]
         self._stream = Stream(get_state())
+        if self.num_stages > 1:
+            with seeded(derived_seed(self._seed, "data of evaluations")):
+                self._evaluation_stream = Stream(get_state())
         if fitting:
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
@@ -457,7 +472,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         # What is decided goes from each rank's last stages to those of the next one, until all have heard.
         hands_on = self.global_rank < self.num_ranks - 1
         stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
-        steps = Steps(trainer, stage_run, self._seed, self.root_device)
+        steps = Steps(trainer, stage_run, self._seed, self.root_device, self.loads_data)
         assert self._signals is not None
         sharing = share(trainer, stage_run.decisions, self._signals, self.timeline)
         view, undo = view_of_hooks(), list[Callable[[], None]]()
@@ -518,6 +533,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             stream=self._stream if several and self._stream is not None else nullcontext,
             timeline=self.timeline,
             crosses_epochs=self._options.cross_epoch and ahead and not changes,
+            loads=self.loads_data,
         )
 
     def begin_stream(self) -> None:
@@ -529,6 +545,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""
         self.stage_run.settle()
+        self._hearsay.settle()
         self._streaming = False
 
     def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
@@ -571,8 +588,21 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     # ---- data ----
 
+    @property
+    def loads_data(self) -> bool:
+        """Whether this rank iterates the loaders; see `load_on`. Known from the first hook on."""
+        return self._hearsay.loads
+
+    def read(self, loader: CombinedLoader, *, training: bool) -> CombinedLoader:
+        """The loaders of a loop, as this rank reads them."""
+        if training:
+            return self._hearsay.read(loader, nullcontext)
+        return self._hearsay_of_evaluations.read(loader, self._evaluation_stream or nullcontext)
+
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        if not self.loads_data:
+            return Unread(dataloader)
         # Lightning would seed the workers by the rank next, unless they are seeded already.
         seed_workers(dataloader, rank=0)
         return super().process_dataloader(dataloader)

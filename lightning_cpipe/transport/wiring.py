@@ -1,16 +1,18 @@
 """Connects the stages of a pipeline, once per process, and hands out their ends.
 
-Between each two neighbours there are six lanes. Three carry tensors, each through a process group of two ranks:
+Between each two neighbours there are eight lanes. Three carry tensors, each through a process group of two ranks:
 
     activations       stage s     -> stage s + 1     training's forward
     gradients         stage s + 1 -> stage s         training's backward
     eval_activations  stage s     -> stage s + 1     evaluation's forward
 
-and three carry records, each through a socket:
+and five carry records, each through a socket:
 
     records           stage s     -> stage s + 1     beside the activations
     decisions         stage s + 1 -> stage s         from the last stage to all others
     eval_records      stage s     -> stage s + 1     beside the evaluation's activations
+    batches           stage s     -> stage s + 1     ahead of them, what a batch is like that is not loaded there
+    eval_batches      stage s     -> stage s + 1     the same of the evaluation's
 
 Evaluation has lanes of its own because training's receives are posted already when a validation begins.
 
@@ -39,9 +41,11 @@ from lightning_cpipe.tree import TensorSpec
 
 TensorLane = Literal["activations", "gradients", "eval_activations"]
 RecordLane = Literal["records", "decisions", "eval_records"]
+BatchLane = Literal["batches", "eval_batches"]
 
 TENSOR_LANES: tuple[TensorLane, ...] = ("activations", "eval_activations", "gradients")
 RECORD_LANES: tuple[RecordLane, ...] = ("records", "eval_records", "decisions")
+BATCH_LANES: tuple[BatchLane, ...] = ("batches", "eval_batches")
 
 UP = ("gradients", "decisions")
 """The lanes on which data flows from the last stage to the first; on all others it flows from the first to the last."""
@@ -120,7 +124,7 @@ class Wiring:
         self._own = [own for own, rank in enumerate(ranks) if rank == self._rank]
         self._device = device
         self._edge_type = NcclEdge if backend == "nccl" else Edge
-        self._connections = connect_neighbours(control, ranks, place, RECORD_LANES)
+        self._connections = connect_neighbours(control, ranks, place, (*RECORD_LANES, *BATCH_LANES))
         self._backend = backend
         self._groups: dict[tuple[int, str], dist.ProcessGroup] = {}
         self._linked: dict[Link, tuple[dist.ProcessGroup, dist.ProcessGroup] | None] = {}
@@ -170,6 +174,15 @@ class Wiring:
         links = links or {}
         ends = {link: self._link_ends(link, links[link]) for link in self._connected(links)}
         return [self._lanes_of(place, in_flight, ends if place == self._own[-1] else {}) for place in self._own]
+
+    def batch_lane(self, lane: BatchLane) -> tuple[Records | None, Records | None]:
+        """The ends, in and out, of a lane that is there before the module is cut; of a process with one place."""
+        (place,) = self._own
+        before, after = (self._connections.get((upper, lane)) for upper in (place - 1, place))
+        return (
+            None if before is None else Records(before, self._ranks[place - 1]),
+            None if after is None else Records(after, self._ranks[place + 1]),
+        )
 
     def _lanes_of(self, place: int, in_flight: int, links: dict[Link, LinkEnds]) -> Lanes:
         lanes = Lanes(links=links)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections import UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +20,13 @@ from lightning_cpipe.engine.mini_batch import _SAMPLE, fingerprint
 class Pair:
     a: Any
     b: Any
+
+
+class Own:
+    """A batch of a class of one's own, whose tensors lie on a part of it; and something that is no data."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.store = SimpleNamespace(x=x, read_at=object())
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -51,6 +62,15 @@ BATCHES = [
     Pair(numbers(4), "text"),
     Pair(numbers(4), "other text"),
     Pair(numbers(4), b"text"),
+    UserDict(x=numbers(4)),
+    UserDict(x=numbers(4) + 1),
+    Own(numbers(4)),
+    Own(numbers(4) + 1),
+    Own(numbers(2, 2)),
+    [np.arange(4.0)],
+    [np.arange(4.0) + 1],
+    [np.float32(2)],
+    [np.float32(3)],
     7,
     7.5,
     None,
@@ -69,7 +89,7 @@ def copied(batch: Any) -> Any:
         return {key: copied(value) for key, value in batch.items()}
     if isinstance(batch, Pair):
         return Pair(copied(batch.a), batch.b)
-    return batch
+    return copy.deepcopy(batch)
 
 
 @pytest.mark.parametrize("number", range(len(BATCHES)))

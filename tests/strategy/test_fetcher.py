@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.errors import PlanError
@@ -84,6 +84,29 @@ def test_what_is_in_the_queue_is_counted_anew_when_an_epoch_begins() -> None:
     state.accumulate_grad_batches = 2
     made.begin_epoch(0)
     assert [each.updates_before for each in drawn_by(made, state)] == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("lag", [0, 2, 5])
+def test_an_empty_epoch_is_walked_over_and_the_loop_finds_nothing_in_it(lag: int) -> None:
+    """It was taken for the end of the data, by some stages, and then read a second time."""
+    times: list[int] = []
+
+    class Sometimes(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            times.append(len(times))
+            return iter([[], torch.arange(2)][len(times) not in (2, 3)])
+
+    state = trainer(max_epochs=5)
+    made = LookaheadFetcher(state, lag, 2, 0, nullcontext, Timeline(), crosses_epochs=True)
+    made.setup(CombinedLoader(DataLoader(Sometimes(), batch_size=1), "max_size_cycle"))
+    found = []
+    for epoch in range(5):
+        state.current_epoch = epoch
+        iter(made)
+        made.begin_epoch(0)
+        found += [(each.drawn.number, each.drawn.epoch) for each, _, _ in made]
+    assert found == list(enumerate([0, 0, 3, 3, 4, 4]))
+    assert len(times) == 5
 
 
 def test_a_second_fit_goes_on_with_other_random_numbers() -> None:

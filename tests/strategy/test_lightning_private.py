@@ -36,6 +36,7 @@ from lightning_cpipe.strategy.lightning_private import (
     instead_of,
     known_metrics,
     learn_metrics,
+    loaders_as,
     prepare_batch,
     set_received_sigterm,
     take_over_signals,
@@ -128,9 +129,11 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer._signal_connector._slurm_sigusr_handler_fn": ("signum", "_"),
     "trainer._signal_connector.received_sigterm": None,
     "trainer._val_check_time_interval": None,
+    "lightning.pytorch.utilities.CombinedLoader([])._load_state_dicts": ("states",),
     "lightning.pytorch.utilities.CombinedLoader([])._state_dicts": (),
     "trainer.fit_loop._combined_loader": None,
     "trainer.fit_loop._data_fetcher": None,
+    "trainer.fit_loop._data_source.dataloader": (),
     "trainer.fit_loop._last_train_dl_reload_epoch": None,
     "trainer.fit_loop._load_combined_loader_states": (),
     "trainer.fit_loop.epoch_loop._results.batch": None,
@@ -144,6 +147,7 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "trainer.predict_loop._build_kwargs": ("batch", "batch_idx", "dataloader_idx"),
     "trainer.predict_loop._build_step_args_from_hook_kwargs": ("hook_kwargs", "step_hook_name"),
     "trainer.predict_loop._combined_loader": None,
+    "trainer.predict_loop._data_source.dataloader": (),
     "trainer.strategy._configure_launcher": (),
     "trainer.strategy._launcher": None,
     "trainer.validate_loop._build_kwargs": ("batch", "batch_idx", "dataloader_idx"),
@@ -162,6 +166,7 @@ ELSEWHERE = {
     # What a subclass of a class in `lightning_private` inherits.
     ("strategy/fetcher.py", "_start_profiler"),
     ("strategy/fetcher.py", "_stop_profiler"),
+    ("strategy/hearsay.py", "_load_state_dicts"),
     ("strategy/launchers.py", "_strategy"),
     # Attributes of a LightningModule, by their names.
     ("strategy/hooks.py", "_example_input_array"),
@@ -524,6 +529,21 @@ def test_a_summary_has_one_more_column_until_it_is_undone() -> None:
 def _of_summary() -> dict[str, Any]:
     given = attached()
     return {"trainer": given["trainer"], "pl_module": given["module"]}
+
+
+def test_a_loop_gets_what_is_made_of_its_loaders_while_it_asks_for_them() -> None:
+    trainer = quiet_trainer(devices=1)
+    attach_for_training(trainer, module := Chain())
+    loader = noise_loader()
+    trainer.fit_loop._data_source.instance = module
+    module.train_dataloader = lambda: loader  # type: ignore[method-assign]
+    made: list[Any] = []
+    with loaders_as(trainer.fit_loop, lambda found: made.append(found) or found, "min_size"):
+        trainer.fit_loop.setup_data()
+    assert trainer.fit_loop._combined_loader is made[0]
+    assert made[0].flattened == [loader]
+    assert made[0]._mode == "min_size"
+    assert trainer.fit_loop._data_source.dataloader() is loader
 
 
 def test_callbacks_are_the_trainers() -> None:

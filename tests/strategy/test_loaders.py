@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, WeightedRandomSampler
 
 from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.causes import cause
@@ -35,6 +35,8 @@ from tests.helpers.modules import WIDTH, Chain, noise_loader
 from tests.helpers.ranks import run_ranks
 
 SAMPLES = 11
+
+DATASET = noise_loader(samples=SAMPLES).dataset
 
 
 class Stream(IterableDataset[Any]):
@@ -91,6 +93,67 @@ def test_every_rank_sees_the_batches_of_plain_lightning(name: str) -> None:
         assert of_rank.metrics == seen[0].metrics
 
 
+class Endless(IterableDataset[Any]):
+    """A stream with an order of its own for each that reads it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield torch.randn(WIDTH), torch.full((WIDTH,), float(np.random.rand() + random.random()))
+
+
+class Shuffles(Sampler[int]):
+    """Knows its epoch, and nothing of a generator."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(self.epoch)).tolist())
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+class Buckets(Sampler[list[int]]):
+    """Batches of whatever size, from the global generators, and nobody knows how many."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.permutation(SAMPLES).tolist()
+        while order:
+            yield [order.pop() for _ in range(min(len(order), random.randint(1, 4)))]
+
+
+def in_two_workers() -> Any:
+    multiprocessing.current_process().daemon = False
+    return DataLoader(Endless(), 3, num_workers=2)
+
+
+DRAWING: dict[str, Any] = {
+    "endless": lambda: DataLoader(Endless(), 3),
+    "endless in two workers": in_two_workers,
+    "weighted sampler": lambda: DataLoader(DATASET, 3, sampler=WeightedRandomSampler([1.0] * 5 + [2.0] * 6, SAMPLES)),
+    "own sampler": lambda: DataLoader(DATASET, 3, sampler=Shuffles()),
+    "own batch sampler": lambda: DataLoader(DATASET, batch_sampler=Buckets()),
+    "generator": lambda: (batch for batch in list(noise_loader(samples=15))),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name != "own batch sampler" else ()) for name in DRAWING]
+)
+def test_what_loaders_draw_is_drawn_alike_and_as_plain_lightning_draws_it(name: str) -> None:
+    """No generator of their own, no length, no end; the first epoch begins from the same state everywhere."""
+    options = {"module": Chain, "train": DRAWING[name], "max_epochs": 2, "limit_train_batches": 4}
+    plain = batches(fit_alone(**options))
+    for of_rank in fit_in_pipeline(3, **options):
+        assert batches(of_rank) == plain
+    # A generator is spent in the second epoch.
+    assert len(set(plain)) == len(plain) == (5 if name == "generator" else 8)
+
+
 def test_shuffled_epochs_differ_from_each_other_and_not_between_ranks() -> None:
     loader = partial(noise_loader, samples=12, shuffle=True)
     seen = fit_in_pipeline(3, Chain, loader, max_epochs=2)
@@ -124,6 +187,36 @@ def test_orders_and_augmentations_are_everyones_whatever_else_a_rank_draws() -> 
     seen = fit_in_pipeline(3, Chain, augmented_loader, callbacks=lambda: [Draws()], max_epochs=2)
     assert all(batches(of_rank) == batches(seen[0]) for of_rank in seen)
     assert len(set(batches(seen[0]))) == 8
+
+
+class SeesValidation(Draws):
+    """Keeps what is validated on, and draws between its batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, _: Any, batch: Any, *__: Any) -> None:
+        self.seen.append(float(batch[0].sum()))
+        self.on_train_batch_end(trainer)
+
+
+class Noisy(Chain):
+    """Augments its batches on the device."""
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        return batch[0] + torch.randn_like(batch[0]), batch[1]
+
+
+def validated(trainer: pl.Trainer, _: pl.LightningModule) -> list[float]:
+    return next(each.seen for each in trainer.callbacks if isinstance(each, SeesValidation))
+
+
+def test_validations_are_augmented_alike_whatever_else_a_rank_draws() -> None:
+    """It was drawn from the rank's own generators: the fingerprint stopped it, or nobody saw it in a transfer hook."""
+    options = {"callbacks": lambda: [SeesValidation()], "look": validated, "max_epochs": 2}
+    seen = fit_in_pipeline(2, Noisy, augmented_loader, augmented_loader, **options)
+    assert seen[0].found == seen[1].found
+    assert len(set(seen[0].found)) == len(seen[0].found) >= 8
 
 
 def several_loaders() -> Any:
@@ -330,6 +423,34 @@ def test_a_stateful_loader_goes_on_where_it_was(tmp_path: Path) -> None:
     every = [float(batch[0].sum()) for batch in noise_loader(samples=30)]
     for of_rank in run_ranks(partial(saved_in_mid_stream, tmp_path), 2):
         assert of_rank == [every, every[4:]]
+
+
+class Longer(pl.LightningDataModule):
+    """Some of its loaders have a batch more on rank 0."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.training = training
+
+    def loader(self, training: bool) -> Any:
+        samples = 6 + 3 * (training == self.training and not self.trainer.global_rank)
+        return DataLoader(Subset(DATASET, range(samples)), 3)
+
+    def train_dataloader(self) -> Any:
+        return self.loader(training=True)
+
+    def val_dataloader(self) -> Any:
+        return self.loader(training=False)
+
+
+@pytest.mark.parametrize(
+    ("training", "told"),
+    [(True, "training loaders differ: rank 0 has 3"), (False, "validation_step differ: rank 0 has [3]")],
+)
+def test_loaders_of_different_lengths_are_refused(training: bool, told: str) -> None:
+    """Whoever has a batch more waited for ever for the other one."""
+    said = cause(2, Chain(), Longer(training))
+    assert f"{told} batches, and rank 1 has" in said
 
 
 class YieldsNone:
