@@ -35,6 +35,9 @@ from lightning_cpipe.strategy.step_names import STEPS
 
 LATER = "A later version will support it."
 
+_WATCHED_BY_WANDB = "_wandb_hook_names"
+"""What W&B writes on a module that it watches."""
+
 _TOLD_FAULTS = 5
 """So many of a plan's faults are told; one mistake makes many."""
 
@@ -195,6 +198,12 @@ def reasons_in_trainer(
         yield (
             "BatchSizeFinder: it tries larger and larger batches until memory runs out, and where that happens on one"
             " rank, the others wait for it. `cpipe plan` tells what each stage takes; `memory_limit` makes sure of it."
+        )
+    if num_stages > 1 and any(hasattr(each, _WATCHED_BY_WANDB) for each in module.modules()):
+        yield (
+            "`WandbLogger.watch(module)`: it looks at the weights and gradients of the whole module, of which each rank"
+            " has one stage. Leave it out, and log what you need of them in `on_before_optimizer_step`; the norm of all"
+            " gradients is `trainer.strategy.full_grad_norm()`."
         )
     if not trainer.training:
         return

@@ -13,8 +13,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import matplotlib.image
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 from lightning_cpipe import ContinuousPipeStrategy, IdleMonitor, ThroughputMonitor
 from tests.helpers.fits import quiet_trainer
@@ -24,6 +26,7 @@ from tests.helpers.ranks import run_ranks
 P = 2
 EVERY = 4
 STEPS = 16
+SPEAKS_AT = 2
 NO_NETWORK = {
     "WANDB_MODE": "offline",
     # Nobody listens there: whoever tries finds out at once.
@@ -31,6 +34,21 @@ NO_NETWORK = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
+
+
+class Speaking(Chain):
+    """Has hyperparameters, and gives its logger more than numbers to log."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step == SPEAKS_AT:
+            self.logger.log_table("own/table", columns=["loss"], data=[[float(loss)]])
+            self.logger.log_image("own/picture", [np.zeros((2, 3, 3), np.uint8)])
+        return loss
 
 
 def fit(_: int) -> dict[str, Any]:
@@ -50,16 +68,20 @@ def fit(_: int) -> dict[str, Any]:
         max_epochs=2,
         log_every_n_steps=1,
         logger=[
-            WandbLogger(project="pipes", offline=True, settings=settings),
+            # Offline by its environment variable: by this option, Lightning would not log models.
+            WandbLogger(project="pipes", offline=False, log_model=True, settings=settings),
             CSVLogger("csv"),
             TensorBoardLogger("tb"),
         ],
         callbacks=[monitor, ThroughputMonitor(3, EVERY)],
+        enable_checkpointing=True,
     )
-    trainer.fit(Chain(), noise_loader(), noise_loader())
+    trainer.fit(Speaking(), noise_loader(), noise_loader())
+    width = None
     if trainer.is_global_zero:
+        width = trainer.logger.experiment.config["width"]
         trainer.logger.experiment.finish()
-    return {"path": monitor.path, "losses": float(trainer.callback_metrics["loss_epoch"])}
+    return {"width": width, "path": monitor.path, "losses": float(trainer.callback_metrics["loss_epoch"])}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +158,19 @@ def test_lightnings_own_metrics_are_there_too(history: list[dict[str, Any]], fol
     assert steps == list(range(STEPS))
     of_epochs = [row["loss_epoch"] for row in history if "loss_epoch" in row]
     assert of_epochs[-1] == json.loads((folder / "found.json").read_text())[0]["losses"]
+
+
+def test_hyperparameters_and_models_are_logged(records: list[dict[str, Any]], folder: Path) -> None:
+    assert json.loads((folder / "found.json").read_text())[0]["width"] == 8
+    (model,) = [each for each in of_type(records, "artifact") if each["type"] == "model"]
+    assert model["metadata"]
+
+
+def test_pictures_and_tables_of_a_step_are_logged_once(history: list[dict[str, Any]], run: Path, folder: Path) -> None:
+    table = json.loads(file_of(history, run, "own/table", "path").read_text())
+    losses = {row["trainer/global_step"]: row["loss_step"] for row in history if "loss_step" in row}
+    assert table["data"] == [[pytest.approx(losses[SPEAKS_AT])]]
+    assert file_of(history, run, "own/picture", "filenames").exists()
 
 
 def test_no_row_is_empty(history: list[dict[str, Any]]) -> None:

@@ -94,8 +94,22 @@ class Unfreezes(BackboneFinetuning):
     """By another name."""
 
 
+class Watched(Chain):
+    """As W&B leaves a module that it watches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wandb_hook_names = ["parameters/"]
+
+
 TRAINERS: list[Any] = [
     (Manual, dict, ["automatic_optimization=False", "Let `training_step` return the loss"], False),
+    (
+        Watched,
+        dict,
+        ["`WandbLogger.watch(module)`", "Leave it out", "`trainer.strategy.full_grad_norm()`"],
+        False,
+    ),
     (TakesIterator, dict, ["dataloader_iter", "take `batch` and `batch_idx`"], False),
     (ValidatesIterator, dict, ["`validation_step(self, dataloader_iter)`", "take `batch` and `batch_idx`"], False),
     (
@@ -226,7 +240,8 @@ def test_all_reasons_are_listed_at_once() -> None:
     for _, options, _, _ in TRAINERS:
         flags["callbacks"] += options().get("callbacks", [])
         flags |= {key: value for key, value in options().items() if key != "callbacks"}
-    said += [parts for module, _, parts, _ in TRAINERS if module not in (TakesIterator, ValidatesIterator)]
+    others = TakesIterator, ValidatesIterator, Watched
+    said += [parts for module, _, parts, _ in TRAINERS if module not in others]
     reasons = refused(Manual(), together, **flags)
     assert len(reasons) == len(said) == 19
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
