@@ -6,8 +6,25 @@ updates few or many: accumulation, the end of an epoch, a run that goes on in th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source
 from lightning_cpipe.schedules.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What further choices follow from. Mini-batch 0 is the next one to be backwarded, version 0 the newest.
+
+    Attributes:
+        first: the mini-batch that the pipeline was filled with; none after 0.
+        newest_at: the newest version at the beginning of local steps before this one.
+        window_start: the first mini-batch of the update that mini-batch 0 is for.
+    """
+
+    first: int
+    newest_at: dict[int, int]
+    window_start: int
 
 
 class Choice:
@@ -26,8 +43,26 @@ class Choice:
         self._first = first
         self._newest_at: dict[int, int] = {}
         """The newest version at the beginning of each local step that may still be asked for."""
+        self._chosen: dict[int, int] = {}
+        """The local step that each mini-batch in flight has chosen."""
         self._last: MiniBatch | None = None
         self._window_start = first
+
+    def memory(self, at: int, newest: int, in_window: int) -> Memory:
+        """What a stream that goes on from here must remember.
+
+        Args:
+            at: the mini-batch that is backwarded next.
+            newest: the newest version.
+            in_window: how many mini-batches of the next update were backwarded.
+        """
+        newest_at = {self._first + step - at: version - newest for step, version in self._newest_at.items()}
+        return Memory(self._first - at, newest_at, -in_window)
+
+    def remember(self, memory: Memory) -> None:
+        """Go on from there: what was in flight is forwarded once more, and uses what it used."""
+        self._first, self._window_start = memory.first, memory.window_start
+        self._newest_at = {step - memory.first: version for step, version in memory.newest_at.items()}
 
     def forward(self, mini_batch: MiniBatch, oldest_in_flight: int, newest: int) -> int:
         """The version that the next mini-batch to be forwarded uses.
@@ -42,7 +77,11 @@ class Choice:
         # A local step has the number of its backward, and updates after it.
         self._newest_at[oldest_in_flight - self._first] = newest
         chosen = self._chosen_at(mini_batch)
-        for step in [step for step in self._newest_at if step < chosen]:
+        # A run that goes on from here must know of what is in flight, too.
+        self._chosen = {number: step for number, step in self._chosen.items() if number >= oldest_in_flight}
+        self._chosen[mini_batch.number] = chosen
+        oldest = min(self._chosen.values())
+        for step in [step for step in self._newest_at if step < oldest]:
             del self._newest_at[step]
         return self._newest_at[chosen]
 
@@ -57,6 +96,6 @@ class Choice:
 
     def _window_start_of(self, mini_batch: MiniBatch) -> int:
         """The first mini-batch of the update that the last one forwarded, or this next one, is for."""
-        if self._last is None or self._last.updates_before != mini_batch.updates_before:
+        if self._last is not None and self._last.updates_before != mini_batch.updates_before:
             return mini_batch.number
         return self._window_start

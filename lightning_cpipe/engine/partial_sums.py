@@ -14,6 +14,7 @@ They travel on a link of their own, after the gradient of the input has left, wh
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ class OfStage:
         late: how many updates later a number from before counts.
         spec: of what a stage tells.
         device: where it is.
+        kept: how many numbers for the stage after are kept, for a later run that goes on from here.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class OfStage:
         late: int,
         spec: TensorSpec,
         device: torch.device,
+        kept: int = 0,
     ) -> None:
         self._previous = previous
         self._following = following
         self._late = late
         self._specs = [spec]
         self._nothing = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
+        self.kept: deque[Tensor] = deque(maxlen=kept)
+        """The last numbers for the stage after, which do not count there yet."""
 
     def begin(self) -> None:
         """Training begins. The receive of the next sum from after is always posted."""
@@ -89,9 +94,26 @@ class OfStage:
             if self._previous.incoming.posted > self._late:
                 with waiting():
                     (known,) = self._previous.incoming.receive()
-        if self._following is not None:
-            self._following.outgoing.send([known + torch.nan_to_num(own, nan=0.0, posinf=0.0, neginf=0.0)])
+        self._send(known + torch.nan_to_num(own, nan=0.0, posinf=0.0, neginf=0.0))
         return known
+
+    def put_back(self, own: Sequence[Tensor], from_before: int) -> None:
+        """Before the first update: let be on their way what was, in another run.
+
+        Args:
+            own: what this stage had told the next one.
+            from_before: how many numbers come from the stage before.
+        """
+        for number in own:
+            self._send(number.to(self._nothing.device))
+        for _ in range(from_before if self._previous is not None else 0):
+            assert self._previous is not None
+            self._previous.incoming.post(self._specs)
+
+    def _send(self, number: Tensor) -> None:
+        if self._following is not None:
+            self._following.outgoing.send([number])
+            self.kept.append(number)
 
     def send_last(self) -> None:
         """Training is over: satisfy the receive of a sum that will not come."""
@@ -100,6 +122,7 @@ class OfStage:
 
     def discard(self) -> None:
         """Training is over, on all stages after the same update: take what is under way."""
+        self.kept.clear()
         for ends in (self._previous, self._following):
             if ends is not None:
                 while ends.incoming.posted:
@@ -117,6 +140,7 @@ class PartialSums:
         ends: of the links with other ranks.
         spec: of what a stage tells.
         device: where it is.
+        keep: whether a later run may go on from any update of this one.
     """
 
     def __init__(
@@ -127,7 +151,10 @@ class PartialSums:
         ends: Mapping[Link, LinkEnds],
         spec: TensorSpec,
         device: torch.device,
+        *,
+        keep: bool = False,
     ) -> None:
+        self._numbers = stages
         self._stages: list[OfStage] = []
         previous = ends.get(Link(purpose, stages[0] - 1, stages[0]))
         for stage in stages:
@@ -136,13 +163,23 @@ class PartialSums:
                 down, up = InnerEdge(device), InnerEdge(device)
                 following, of_next = LinkEnds(up, down), LinkEnds(down, up)
             late = schedule.rows_late(stage - 1, stage)
-            self._stages.append(OfStage(previous, following, late, spec, device))
+            kept = schedule.rows_late(stage, stage + 1) if keep else 0
+            self._stages.append(OfStage(previous, following, late, spec, device, kept))
             previous = of_next
 
     def begin(self) -> None:
         """Training begins."""
         for stage in self._stages:
             stage.begin()
+
+    def keep(self) -> dict[int, list[Tensor]]:
+        """What the rank's stages have told the next ones, which does not count yet; by stage."""
+        return {number: list(stage.kept) for number, stage in zip(self._numbers, self._stages)}
+
+    def put_back(self, on_their_way: Mapping[int, Sequence[Tensor]]) -> None:
+        """Before the first update: let those be on their way that `keep` found, on all ranks, in another run."""
+        for number, stage in zip(self._numbers, self._stages):
+            stage.put_back(on_their_way.get(number, ()), len(on_their_way.get(number - 1, ())))
 
     def tell(self, own: Sequence[Tensor], waiting: Measure) -> list[Sums]:
         """Tell the other stages, which must do so in the same updates, and learn what is known of them.

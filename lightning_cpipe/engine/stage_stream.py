@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_cpipe.engine.choice import Choice
+from lightning_cpipe.engine.choice import Choice, Memory
 from lightning_cpipe.engine.mini_batch import MiniBatch, Source, agreed
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.news import News, Record
@@ -29,11 +29,14 @@ from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.schedules.action import Kind
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.halves import backward_in_halves
+from lightning_cpipe.stage.snapshots import Snapshots
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.tree import TemplateTable, TensorSpec
 
 STEP = "training_step"
+
+State = dict[str, Any]
 
 
 @dataclass
@@ -103,6 +106,8 @@ class StageStream:
         """Is told what a forward is about to run with: the mini-batch, what was received, and the stubs' outputs."""
         self.of_loss: Callable[[InFlight], OfLoss] | None = None
         """On the last stage, gives a mini-batch's loss, and what runs its backward."""
+        self.snapshots: Snapshots | None = None
+        """Of what steps change beside weights, where a later run shall forward once more what is in flight now."""
         self._module = module
         self._schedule = schedule
         self._to = to
@@ -152,6 +157,8 @@ class StageStream:
     def forget(self, number: int) -> None:
         """Mini-batch `number` is done, or has no loss."""
         self.versions.release(number)
+        if self.snapshots is not None:
+            self.snapshots.forget(number)
         del self.in_flight[number]
         # The last stage forwards nothing in advance, so this is where it learns that the others have run dry.
         if not self.in_flight and self._module.num_stages > 1 and self._source.mini_batch(number + 1) is None:
@@ -172,9 +179,52 @@ class StageStream:
             )
         work.left_out = left_out
 
+    def settle(self) -> None:
+        """Training is over: forget what is in flight."""
+        self.in_flight.clear()
+        self.versions.release_all()
+        self.ran_dry = True
+        if self.snapshots is not None:
+            self.snapshots.forget_all()
+
     def make_room_for_update(self) -> None:
         """The optimizer is about to step."""
         self.versions.advance(self._choice.oldest_to_come(self._source))
+
+    def keep(self, at: int, in_window: int) -> State:
+        """What another run needs to forward once more what is in flight, each mini-batch with what it had.
+
+        Args:
+            at: the mini-batch that is backwarded next.
+            in_window: how many mini-batches of the next update were backwarded.
+
+        Returns:
+            Tensors and numbers; of tensors, those of this run.
+        """
+        # Where the data ran out, the pipeline is filled anew with the next mini-batch.
+        anew = self.ran_dry and not self.in_flight
+        memory = Memory(0, {}, 0) if anew else self._choice.memory(at, self.versions.count, in_window)
+        grads = {name: each.grad for name, each in self.versions.named.items() if each.grad is not None}
+        assert self.snapshots is not None
+        with self._module.drawing(0):
+            # Here everything hangs in the module that is this stage's own.
+            moments = self.snapshots.in_flight()
+        return {
+            "choice": asdict(memory),
+            "older": {} if anew else self.versions.older(),
+            "gradients": grads if in_window else {},
+            "moments": moments,
+        }
+
+    def put_back(self, kept: State) -> None:
+        """The first mini-batches of this run were in flight in another one, where `keep` returned this."""
+        self._choice.remember(Memory(**kept["choice"]))
+        self.versions.put_back(kept["older"])
+        for name, gradient in kept["gradients"].items():
+            parameter = self.versions.named[name]
+            parameter.grad = gradient.to(parameter.device, copy=True)
+        assert self.snapshots is not None
+        self.snapshots.put_back(kept["moments"])
 
     # ---- one method for each action ----
 
@@ -227,7 +277,7 @@ class StageStream:
         with self._timeline.measure(FORWARD, number), self.versions.of(number):
             self.before_forward(mini_batch, work.received, table or {})
             made = self._module.forward(
-                STEP, lambda: self._run_step(mini_batch), mini_batch.seed, work.received, table, describe=new
+                STEP, lambda: self._step(mini_batch), mini_batch.seed, work.received, table, describe=new
             )
         if new:
             table = {**(table or {}), **made.templates}
@@ -318,6 +368,11 @@ class StageStream:
             self.forget(number)
 
     # ---- what they need ----
+
+    def _step(self, mini_batch: MiniBatch) -> Any:
+        if self.snapshots is not None:
+            self.snapshots.before(mini_batch.number)
+        return self._run_step(mini_batch)
 
     def _send_record(self, mini_batch: MiniBatch, table: TemplateTable | None) -> None:
         if self._to.records_out is not None:

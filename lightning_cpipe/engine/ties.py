@@ -17,6 +17,7 @@ Roughly, in local step i:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -34,6 +35,10 @@ from lightning_cpipe.tree import TensorSpec
 def link_of(tie: Tie) -> Link:
     """The lanes of a tie."""
     return Link("tie", tie.user, tie.owner)
+
+
+Pair = tuple[int, int]
+"""The stages that a tie ties: the one that holds copies, and the owner."""
 
 
 class Measure(Protocol):
@@ -76,15 +81,42 @@ class Tied(ABC):
 
 
 class Copies(Tied):
-    """The side that holds copies. The receive of the next weights is always posted."""
+    """The side that holds copies. The receive of the next weights is always posted.
+
+    Args:
+        parameters: of the tie.
+        ends: of its lanes.
+        pair: the stages that it ties.
+        kept: how many messages to the owner are kept, for a later run that goes on from here.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds, pair: Pair, kept: int) -> None:
+        super().__init__(parameters, ends)
+        self.pair = pair
+        self.kept: deque[list[Tensor]] = deque(maxlen=kept)
+        """The last messages, which the owner has not added yet."""
 
     def begin(self) -> None:
         """Training begins."""
         self._incoming.post(self._specs)
 
+    def discard(self) -> None:
+        """See `Tied`."""
+        super().discard()
+        self.kept.clear()
+
+    def send_again(self, messages: Sequence[Sequence[Tensor]]) -> None:
+        """Before the first step, send what the owner had not added when another run was stopped."""
+        for message in messages:
+            self._send([tensor.to(each.device) for tensor, each in zip(message, self._parameters)])
+
+    def _send(self, gradients: list[Tensor]) -> None:
+        self._outgoing.send(gradients)
+        self.kept.append(gradients)
+
     def after_backward(self, waiting: Measure) -> None:
         """Send the owner this mini-batch's gradients."""
-        self._outgoing.send([_gradient_of(parameter) for parameter in self._parameters])
+        self._send([_gradient_of(parameter) for parameter in self._parameters])
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -106,12 +138,19 @@ class Owned(Tied):
     Args:
         parameters: of the tie.
         ends: of its lanes.
+        pair: the stages that it ties.
         late: by how many local steps the other stage's gradients are added later.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds, late: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds, pair: Pair, late: int) -> None:
         super().__init__(parameters, ends)
+        self.pair = pair
         self._late = late
+
+    def await_again(self, messages: int) -> None:
+        """Before the first step, expect as many gradients as the other stage sends again."""
+        for _ in range(messages):
+            self._incoming.post(self._specs)
 
     def after_backward(self, waiting: Measure) -> None:
         """Add the gradients that are due."""
@@ -154,6 +193,8 @@ class Ties:
         schedule: Schedule,
         own: Mapping[int, Mapping[str, nn.Parameter]],
         ends: Mapping[Link, LinkEnds],
+        *,
+        keep: bool = False,
     ) -> Ties:
         """Those of the stages of one rank.
 
@@ -162,10 +203,13 @@ class Ties:
             schedule: tells when gradients are due.
             own: the trainable parameters of each of these stages, by name.
             ends: of each tie with another rank.
+            keep: whether a later run may go on from any step of this one.
         """
         copies: list[Copies] = []
         owned: list[Owned] = []
         for tie in ties:
+            pair = tie.user, tie.owner
+            late = schedule.rows_late(*pair)
             of_user = of_owner = ends.get(link_of(tie))
             if tie.user in own and tie.owner in own:
                 device = own[tie.owner][tie.names[0]].device
@@ -173,17 +217,28 @@ class Ties:
                 of_user, of_owner = LinkEnds(weights, gradients), LinkEnds(gradients, weights)
             if tie.user in own:
                 assert of_user is not None
-                copies.append(Copies([own[tie.user][name] for name in tie.names], of_user))
+                kept = late if keep else 0
+                copies.append(Copies([own[tie.user][name] for name in tie.names], of_user, pair, kept))
             if tie.owner in own:
                 assert of_owner is not None
-                late = schedule.rows_late(tie.user, tie.owner)
-                owned.append(Owned([own[tie.owner][name] for name in tie.names], of_owner, late))
+                owned.append(Owned([own[tie.owner][name] for name in tie.names], of_owner, pair, late))
         return cls(copies, owned)
 
     def begin(self) -> None:
         """Training begins."""
         for each in self._copies:
             each.begin()
+
+    def keep(self) -> dict[Pair, list[list[Tensor]]]:
+        """The gradients on their way from this rank's stages, by the stages that are tied."""
+        return {each.pair: list(each.kept) for each in self._copies}
+
+    def put_back(self, on_their_way: Mapping[Pair, Sequence[Sequence[Tensor]]]) -> None:
+        """Before the first step: let those be on their way that `keep` found, on all ranks, in another run."""
+        for copies in self._copies:
+            copies.send_again(on_their_way.get(copies.pair, ()))
+        for owned in self._owned:
+            owned.await_again(len(on_their_way.get(owned.pair, ())))
 
     def after_backward(self, waiting: Measure) -> None:
         """A local step's backward is done: what others wait for first."""

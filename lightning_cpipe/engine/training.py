@@ -14,13 +14,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import Slices
 from lightning_cpipe.engine.partial_sums import PartialSums, Sums
-from lightning_cpipe.engine.stage_stream import StageStream
-from lightning_cpipe.engine.ties import Ties
+from lightning_cpipe.engine.stage_stream import StageStream, State
+from lightning_cpipe.engine.ties import Pair, Ties
 from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.action import Action, Kind
@@ -47,6 +48,20 @@ def room_on_lanes(lag: int) -> int:
     posts two ahead; the rest is for evaluations, whose first stage nothing else holds back.
     """
     return lag + 1 + POSTED_AHEAD + 3
+
+
+class Kept(NamedTuple):
+    """What is in flight between two local steps.
+
+    Attributes:
+        stages: of each stage, see `StageStream.keep`.
+        ties: gradients of tied parameters on their way, by the stages that are tied.
+        sums: what stages have told the next ones, which does not count yet; by purpose and stage.
+    """
+
+    stages: dict[int, State]
+    ties: dict[Pair, list[list[Tensor]]]
+    sums: dict[tuple[str, int], list[Tensor]]
 
 
 class TrainingStream:
@@ -81,6 +96,8 @@ class TrainingStream:
         self._sums = sums or {}
         self.updated = -1
         """The mini-batch, or the first micro-batch, of the update that began last."""
+        self.backwarded = 0
+        """The mini-batch that is backwarded next."""
         self._begun = -1
         self._next = _OVER
         if slices is None:
@@ -120,6 +137,7 @@ class TrainingStream:
                 to_update.discard(self._next_stage.stage)
             self._run_next()
         self._ties.after_backward(partial(self._timeline.measure, WAIT_GRADIENT, number))
+        self.backwarded = number + 1
 
     def skip_to(self, number: int) -> None:
         """The loop left out the mini-batches before `number`, which one stage alone has not forwarded yet."""
@@ -129,6 +147,7 @@ class TrainingStream:
     def skip(self, number: int) -> None:
         """Mini-batch `number` has no loss: forget it."""
         self.last.forget(self._first if self._slices else number)
+        self.backwarded = number + 1
         while self._next.kind in _OF_BACKWARD:
             self._next = next(self._actions)
         if self._slices:
@@ -161,14 +180,31 @@ class TrainingStream:
         """Tell the other stages of an update that has begun, and learn what is known of them; see `PartialSums`."""
         return self._sums[purpose].tell(own, partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
 
+    def keep(self, in_window: int) -> Kept:
+        """What another run needs to go on from here, between two local steps, as if this one had gone on.
+
+        Args:
+            in_window: how many mini-batches of the next update were backwarded.
+        """
+        stages = {number: stage.keep(self.backwarded, in_window) for number, stage in self.stages.items()}
+        sums = {(purpose, stage): told for purpose, each in self._sums.items() for stage, told in each.keep().items()}
+        return Kept(stages, self._ties.keep(), sums)
+
+    def put_back(self, kept: Kept) -> None:
+        """Go on from there, before the first step; it may be that of all ranks."""
+        for number, stage in self.stages.items():
+            stage.put_back(kept.stages[number])
+        self._ties.put_back(kept.ties)
+        for purpose, each in self._sums.items():
+            each.put_back({stage: told for (of, stage), told in kept.sums.items() if of == purpose})
+
     def settle(self) -> None:
         """Training is over, on all stages after the same local step: forget what is in flight.
 
         It may begin again, with any mini-batch.
         """
         for stage in self.stages.values():
-            stage.in_flight.clear()
-            stage.versions.release_all()
+            stage.settle()
         self._ties.settle()
         for sums in self._sums.values():
             sums.settle()

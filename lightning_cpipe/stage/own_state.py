@@ -46,7 +46,7 @@ class OwnState:
     """
 
     def __init__(self, root: nn.Module, cut: Cut, stages: Sequence[int]) -> None:
-        modules = list(_between_blocks(root, cut))
+        modules = list(between_blocks(root, cut))
         self._holders: _State = [each for m in modules for each in (vars(m), m._buffers)]
         self._last = stages[-1]
         self._own: dict[int, _State] = {stage: [{} for _ in self._holders] for stage in stages[:-1]}
@@ -112,7 +112,7 @@ class OwnState:
             holder.update(new)
 
 
-def _between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
+def between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
     """The modules whose code runs on several stages: those around blocks, and beside them what has no weights."""
     around = {""}
     for start in cut.starts:

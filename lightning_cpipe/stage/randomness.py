@@ -44,6 +44,30 @@ def set_state(state: GeneratorState) -> None:
     random.setstate(of_python)
 
 
+def state_in_plain(state: GeneratorState) -> dict[str, Any]:
+    """A state as a checkpoint may hold it, of which nothing is code: tensors, numbers and strings."""
+    (cpu, cuda), numpy, (version, words, spare) = state
+    inner = numpy["state"]
+    return {
+        "torch": cpu,
+        "cuda": list(cuda),
+        "numpy": {**numpy, "state": {**inner, "key": torch.from_numpy(inner["key"].astype(np.int64))}},
+        "python": [version, torch.tensor(words), spare],
+    }
+
+
+def state_from_plain(plain: dict[str, Any]) -> GeneratorState:
+    """What `state_in_plain` made a plain state of."""
+    numpy = plain["numpy"]
+    inner = numpy["state"]
+    version, words, spare = plain["python"]
+    return (
+        (plain["torch"], plain["cuda"]),
+        {**numpy, "state": {**inner, "key": inner["key"].numpy().astype(np.uint32)}},
+        (version, tuple(words.tolist()), spare),
+    )
+
+
 def same_state(a: GeneratorState, b: GeneratorState) -> bool:
     """Whether nothing was drawn between two states."""
     # Two pickles of one tensor need not be alike.
@@ -139,8 +163,17 @@ class Stream:
     """
 
     def __init__(self, state: GeneratorState) -> None:
-        self._torch, numpy, self._python = state
         self._numpy = np.random.MT19937(0)
+        self.state = state
+
+    @property
+    def state(self) -> GeneratorState:
+        """Where the generators are; what is drawn next follows from it."""
+        return self._torch, dict(self._numpy.state), self._python
+
+    @state.setter
+    def state(self, state: GeneratorState) -> None:
+        self._torch, numpy, self._python = state
         self._numpy.state = numpy  # type: ignore[assignment]
 
     @contextmanager

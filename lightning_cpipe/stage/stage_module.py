@@ -41,6 +41,7 @@ class StageModule:
         copies: Mapping[str, nn.Parameter] | None = None,
         state: OwnState | None = None,
     ) -> None:
+        self.root = root
         self.cut = cut
         self.stage = stage
         self.device = device
@@ -49,7 +50,6 @@ class StageModule:
         self._replay = Replay(root, passages, device, later)
         self._isolation = isolation or Isolation(root, cut.draws, cut.draws_repeatedly)
         self._scope = SeededScope()
-        self._root = root
         self._copies = copies or {}
         self._substitutes = Substitutes(root, self._copies)
         self._state = state or OwnState(root, cut, (stage,))
@@ -67,7 +67,7 @@ class StageModule:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those that the stage trains, by name."""
         homes = self.cut.homes
-        own = {name: self._copies.get(name, each) for name, each in self._root.named_parameters()}
+        own = {name: self._copies.get(name, each) for name, each in self.root.named_parameters()}
         return {n: each for n, each in own.items() if each.requires_grad and self.stage in homes.get(n, (self.stage,))}
 
     def follow(self) -> None:

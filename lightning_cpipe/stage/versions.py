@@ -18,7 +18,7 @@ What the user knows stays: the parameter objects, their hooks, their `.grad`, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -109,6 +109,21 @@ class Versions:
     def number_of(self, batch: int) -> int:
         """The number of the version that the forward of `batch` used."""
         return self._used_by[batch]
+
+    def older(self) -> dict[int, dict[str, Tensor]]:
+        """The older versions that are still needed, by name; the newest is number 0, the one before it -1."""
+        return {
+            number - self.count: {name: data.detach() for name, data in zip(self.named, version.data)}
+            for number, version in self._older.items()
+        }
+
+    def put_back(self, older: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Keep older versions of another run, which `older` returned there; nothing is in flight yet."""
+        for number, numbers in older.items():
+            self._older[self.count + number] = version = Version.flat_like(self._parameters)
+            for name, data in zip(self.named, version.data):
+                data.copy_(numbers[name])
+        self._oldest_to_come = min(self._older, default=self.count)
 
     @contextmanager
     def of(self, batch: int) -> Iterator[None]:

@@ -18,6 +18,9 @@ from lightning_cpipe.tree import map_tensors
 
 State = dict[str, Any]
 
+IN_FLIGHT = "lightning_cpipe"
+"""What a checkpoint calls all that it holds of what is in flight, see `exact_resume`."""
+
 _GIVEN_NAMES = "param_names"
 """Where a group keeps the names of its parameters if the optimizer was given `named_parameters()`, since torch 2.6."""
 

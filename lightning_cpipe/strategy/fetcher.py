@@ -9,8 +9,7 @@ planned leaves nothing in flight.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import CombinedLoader
@@ -20,7 +19,8 @@ from typing_extensions import override
 from lightning_cpipe.engine.mini_batch import fingerprint
 from lightning_cpipe.engine.timeline import DATA, Timeline
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.stage.randomness import derived_seed
+from lightning_cpipe.stage.randomness import Stream, derived_seed
+from lightning_cpipe.strategy.data_place import DataPlace
 from lightning_cpipe.strategy.drawn import Drawn, Released
 from lightning_cpipe.strategy.epoch_reader import Batch, EpochReader
 from lightning_cpipe.strategy.lightning_private import DataFetcher, reloads_loaders_at
@@ -36,7 +36,7 @@ class LookaheadFetcher(DataFetcher):
         lag: how many mini-batches are forwarded before the first backward.
         ahead: how many more are drawn, so that their receives can be posted.
         seed: what the mini-batches' random numbers follow from.
-        stream: draws inside it see the same random numbers on every rank.
+        stream: draws inside it see the same random numbers on every rank; None to draw as Lightning does.
         timeline: where time is noted.
         crosses_epochs: whether the next epoch may begin before this one is done.
         loads: whether batches are loaded here, with numbers of their own.
@@ -48,7 +48,7 @@ class LookaheadFetcher(DataFetcher):
         lag: int,
         ahead: int,
         seed: int,
-        stream: Callable[[], AbstractContextManager[None]],
+        stream: Stream | None,
         timeline: Timeline,
         crosses_epochs: bool,
         loads: bool = True,
@@ -56,7 +56,8 @@ class LookaheadFetcher(DataFetcher):
         super().__init__()
         self._trainer = trainer
         self._room = lag + ahead + 1
-        self._seed = seed
+        self.seed = seed
+        """What the mini-batches' random numbers follow from."""
         self._stream = stream
         self._timeline = timeline
         self._crosses_epochs = crosses_epochs
@@ -67,6 +68,9 @@ class LookaheadFetcher(DataFetcher):
         self._count = 0
         self._first_number = trainer.fit_loop.total_batch_idx + 1
         self._updates = UpdateCount(trainer)
+        self._before_released: Drawn | None = None
+        self._begun_at: DataPlace | None = None
+        self._ended_at: DataPlace | None = None
         self.released: Drawn | None = None
         """The mini-batch that the loop is at."""
 
@@ -74,7 +78,7 @@ class LookaheadFetcher(DataFetcher):
     def setup(self, combined_loader: CombinedLoader) -> None:
         """Draw from these loaders; those of an epoch may be made anew when it begins."""
         super().setup(combined_loader)
-        self._reader = EpochReader(combined_loader)
+        self._reader = EpochReader(combined_loader, self._stream)
         self._queue.clear()
         self._empty.clear()
 
@@ -84,8 +88,7 @@ class LookaheadFetcher(DataFetcher):
         epoch = self._trainer.current_epoch
         begun = epoch in (self._reader.epoch, *self._empty) or any(drawn.epoch == epoch for drawn in self._queue)
         if not begun:
-            with self._stream():
-                self._reader.begin(epoch)
+            self._reader.begin(epoch)
         self.reset()
         return self
 
@@ -98,7 +101,8 @@ class LookaheadFetcher(DataFetcher):
             self._require_an_end()
             self.done = True
             raise StopIteration
-        drawn = self.released = self._queue.popleft()
+        drawn = self._queue.popleft()
+        self._before_released, self.released = self.released, drawn
         self.fetched = drawn.index + 1
         self.done = drawn.is_last
         return None if drawn.batch is None else Released(drawn), drawn.index, 0
@@ -107,7 +111,7 @@ class LookaheadFetcher(DataFetcher):
     def teardown(self) -> None:
         super().teardown()
         self._queue.clear()
-        self.released = None
+        self._before_released = self.released = self._begun_at = self._ended_at = None
 
     def peek(self) -> Drawn | None:
         """The first mini-batch that will be trained; it stays in the queue."""
@@ -121,19 +125,32 @@ class LookaheadFetcher(DataFetcher):
         place = number - self._queue[0].number if self._queue else -1
         return self._queue[place] if 0 <= place < len(self._queue) else None
 
-    def begin_epoch(self, resumed_at: int) -> None:
-        """The loop begins its current epoch, or goes on in it at batch `resumed_at` after a restart."""
-        here = self._trainer.current_epoch, resumed_at
+    def begin_epoch(self, resumed_at: int, saved: DataPlace | None = None) -> None:
+        """The loop begins its current epoch, or goes on in it at batch `resumed_at` after a restart.
+
+        Args:
+            resumed_at: the batches of the epoch that were trained.
+            saved: where the checkpoint of a pipeline says that the data is.
+        """
+        epoch = self._trainer.current_epoch
+        self._ended_at = None
         next_one = self._queue[0] if self._queue else None
         place = (self._reader.epoch, self._reader.next_index) if next_one is None else (next_one.epoch, next_one.index)
-        if place != here and here[0] not in self._empty:
+        if saved is not None:
+            self._forget_drawn(saved.number)
+            self._begun_at = saved
+            if (saved.epoch, saved.index) == (epoch, resumed_at):
+                with self._timeline.measure(DATA, 0):
+                    self._reader.go_on(saved)
+            else:
+                # The epoch is at its end, and its hooks are to come.
+                self._reader.end(saved.epoch - 1, saved.start)
+        elif place != (epoch, resumed_at) and epoch not in self._empty:
             # What was drawn for the set-up came before the checkpoint was loaded. The loader starts anew, as it does
             # in Lightning, unless it knows its place.
-            self._queue.clear()
-            with self._stream():
-                self._reader.begin(*here)
-            self._count = 0
-        if self._count == 0:
+            self._forget_drawn(self._trainer.fit_loop.total_batch_idx + 1)
+            self._reader.begin(epoch, resumed_at)
+        elif self._count == 0:
             self._first_number = self._trainer.fit_loop.total_batch_idx + 1
         # Hooks at the start of an epoch may have changed how many mini-batches make an update.
         self._updates = UpdateCount(self._trainer)
@@ -145,8 +162,56 @@ class LookaheadFetcher(DataFetcher):
 
         If it begins again, as after a search for a learning rate, the mini-batches are counted anew.
         """
+        self._ended_at = self.place()
         self._queue.clear()
         self._count = 0
+
+    def place(self) -> DataPlace | None:
+        """Where the data is, for a run that goes on from here; None where it is drawn as Lightning draws it."""
+        drawn = self.released
+        if self._ended_at is not None or drawn is None or drawn.start is None:
+            return self._ended_at or self._begun_at
+        if not self._is_trained(drawn):
+            random = None if (last := self._before_in_epoch) is None else last.random
+            return DataPlace(drawn.epoch, drawn.index, self._first_number + drawn.number, drawn.start, random)
+        following = self._first_number + drawn.number + 1
+        if not drawn.is_last:
+            return DataPlace(drawn.epoch, drawn.index + 1, following, drawn.start, drawn.random)
+        epoch = drawn.epoch + 1
+        if self._queue:
+            start = self._queue[0].start
+        elif self._reader.epoch == epoch:
+            start = self._reader.start
+        else:
+            loader = None if reloads_loaders_at(self._trainer, epoch) else self.combined_loader
+            start = self._reader.start_here(loader)
+        assert start is not None
+        return DataPlace(epoch, 0, following, start)
+
+    def places_of_loaders(self) -> list[Any] | None:
+        """Of those that know theirs, behind the last mini-batch that was trained; None if none was."""
+        drawn = self.released
+        if drawn is not None and not self._is_trained(drawn):
+            drawn = self._before_in_epoch
+        return None if drawn is None else drawn.places
+
+    @property
+    def _before_in_epoch(self) -> Drawn | None:
+        """The mini-batch before the released one, if it is of the same epoch."""
+        before, here = self._before_released, self.released
+        return before if before is not None and here is not None and before.epoch == here.epoch else None
+
+    def _is_trained(self, drawn: Drawn) -> bool:
+        """Whether the loop has made the step of the mini-batch that it is at."""
+        progress: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(progress.processed > drawn.index)
+
+    def _forget_drawn(self, first_number: int) -> None:
+        """Count mini-batches from here, of which so many came before in all runs."""
+        self._queue.clear()
+        self._before_released = self.released = None
+        self._count = 0
+        self._first_number = first_number
 
     def keep_sampler_epoch(self) -> None:
         """Give the samplers the epoch that is drawn from; the loop gives them the one that it is at."""
@@ -162,13 +227,12 @@ class LookaheadFetcher(DataFetcher):
             return None
         self._start_profiler()
         try:
-            with self._stream():
+            batch = self._reader.read()
+            while batch is None and self._may_walk_on():
+                self._reader.begin(self._reader.epoch + 1)
                 batch = self._reader.read()
-                while batch is None and self._may_walk_on():
-                    self._reader.begin(self._reader.epoch + 1)
-                    batch = self._reader.read()
-                    if batch is None:
-                        self._empty.add(self._reader.epoch)
+                if batch is None:
+                    self._empty.add(self._reader.epoch)
         finally:
             self._stop_profiler()
         return batch
@@ -189,14 +253,16 @@ class LookaheadFetcher(DataFetcher):
             )
         drawn = Drawn(
             number=self._count,
-            seed=derived_seed(self._seed, "mini-batch", self._first_number + self._count),
+            seed=derived_seed(self.seed, "mini-batch", self._first_number + self._count),
             batch=batch.content,
             fingerprint=fingerprint(batch.content) if self._loads else None,
             signature=signature(batch.content),
             epoch=batch.epoch,
             index=batch.batch_idx,
             is_last=batch.is_last,
+            start=batch.start,
             places=batch.places,
+            random=batch.random,
         )
         self._count += 1
         self._updates.count(drawn)

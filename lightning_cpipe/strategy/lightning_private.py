@@ -41,6 +41,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torchmetrics import Metric
 from typing_extensions import override
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "end_open_records",
     "evaluation_arguments",
     "follow_plan",
+    "give_states",
     "has_transfer_hooks",
     "hide_advice_to_sync",
     "init_dist_connection",
@@ -77,6 +79,7 @@ __all__ = [
     "optimizers_to_device",
     "plan_timed_validation",
     "prepare_batch",
+    "put_back_epoch_so_far",
     "rate_pipelines",
     "reduction_of",
     "reloads_loaders_at",
@@ -87,6 +90,7 @@ __all__ = [
     "set_sampler_epoch",
     "set_step_values",
     "start_children",
+    "states_of_epoch_so_far",
     "states_of_loaders",
     "take_over_signals",
     "take_step_values",
@@ -159,6 +163,13 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     def _should_check_val_fx(self, data_fetcher: DataFetcher) -> bool:
         told = self.told_to_validate
         return bool(super()._should_check_val_fx(data_fetcher)) if told is None else told
+
+    def begin_counting(self) -> None:
+        """Count batches from 0, as in a new epoch."""
+        self.batch_progress.reset_on_run()
+        self.scheduler_progress.reset_on_run()
+        self.automatic_optimization.optim_progress.reset_on_run()
+        self.val_loop.batch_progress.total.reset()
 
 
 class EvaluationLoop(_EvaluationLoop):
@@ -323,6 +334,12 @@ def states_of_loaders(loader: CombinedLoader) -> list[Any]:
     return states
 
 
+def give_states(loader: CombinedLoader, states: list[Any]) -> None:
+    """Let those loaders that know their places go on from these."""
+    if states:
+        loader._load_state_dicts(states)
+
+
 def updates_after_this_batch(trainer: pl.Trainer) -> bool:
     """Whether the optimizer steps with the batch at hand."""
     return not trainer.fit_loop._should_accumulate()
@@ -377,6 +394,60 @@ def reduction_of(trainer: pl.Trainer, key: str) -> str:
 
 def _training_results(trainer: pl.Trainer) -> Any:
     return trainer.fit_loop.epoch_loop._results
+
+
+_OF_META = (
+    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "dataloader_idx",
+    "metric_attribute",
+)  # fmt: skip
+
+
+def states_of_epoch_so_far(trainer: pl.Trainer) -> dict[str, Any]:
+    """What `self.log` has put together of the epoch's training, and the states of the module's metrics."""
+    logged = {}
+    for key, found in _training_results(trainer).items():
+        if found.is_tensor and not found.has_reset:
+            meta, sync = found.meta, found.meta.sync
+            logged[key] = {
+                "meta": {name: getattr(meta, name) for name in _OF_META},
+                "reduce_fx": meta.reduce_fx.__name__,
+                "sync": [sync.should, sync.rank_zero_only],
+                "states": _states_of(found),
+            }
+    return {"logged": logged, "metrics": {name: _states_of(each) for name, each in _metrics_of(trainer)}}
+
+
+def put_back_epoch_so_far(trainer: pl.Trainer, states: dict[str, Any]) -> None:
+    """Let the epoch's values go on from `states_of_epoch_so_far`, before its next batch."""
+    results = _training_results(trainer)
+    for key, saved in states["logged"].items():
+        meta = result._Metadata(**saved["meta"], reduce_fx=saved["reduce_fx"])
+        should, rank_zero_only = saved["sync"]
+        meta.sync = result._Sync(fn=trainer.strategy.reduce, _should=should, rank_zero_only=rank_zero_only)
+        results[key] = made = result._ResultMetric(meta, is_tensor=True)
+        _put_back(made, saved["states"])
+    for name, each in _metrics_of(trainer):
+        if name in states["metrics"]:
+            _put_back(each, states["metrics"][name])
+    # Else the first value would be taken for the epoch's first.
+    trainer._logger_connector._first_loop_iter = True
+
+
+def _metrics_of(trainer: pl.Trainer) -> list[tuple[str, Metric]]:
+    """The metrics in the module, by their names."""
+    return [(name, each) for name, each in trainer.lightning_module.named_modules() if isinstance(each, Metric)]
+
+
+def _states_of(metric: Metric) -> dict[str, Any]:
+    return {"updates": metric._update_count, "values": {name: getattr(metric, name) for name in metric._defaults}}
+
+
+def _put_back(metric: Metric, states: dict[str, Any]) -> None:
+    metric._update_count, metric._computed = states["updates"], None
+    for name, value in states["values"].items():
+        is_list = isinstance(value, list)
+        moved = [each.to(metric.device) for each in value] if is_list else value.to(metric.device)
+        setattr(metric, name, moved)
 
 
 def plan_timed_validation(trainer: pl.Trainer) -> bool | None:

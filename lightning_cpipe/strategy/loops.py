@@ -6,6 +6,7 @@ attributes, so that checkpoints are interchangeable with those of any other stra
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +19,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_cpipe.strategy.data_place import DataPlace
 from lightning_cpipe.strategy.drawn import Drawn, Released
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.lightning_private import (
@@ -70,6 +73,9 @@ class Pipeline(Protocol):
 
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called."""
+
+    def begin_epoch(self, resumed_at: int) -> None:
+        """The loop goes on at batch `resumed_at` of its epoch, and no hook stands before it."""
 
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
@@ -121,13 +127,30 @@ class PipelineEpochLoop(TrainingEpochLoop):
         return steps
 
     @override
+    def reset(self) -> None:
+        loop = self.trainer.fit_loop
+        assert isinstance(loop, PipelineFitLoop)
+        with warnings.catch_warnings():
+            if loop.saved_place is not None:
+                # No sample is lost or comes twice, whether or not the loader knows its place.
+                warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+            super().reset()
+        if loop.saved_place is not None and loop.saved_place.begins(self.trainer.current_epoch):
+            # After an epoch of unknown length, Lightning would count on, and leave the next one out.
+            self.begin_counting()
+
+    @override
     def on_run_start(self, data_fetcher: DataFetcher) -> None:
         super().on_run_start(data_fetcher)
         assert isinstance(data_fetcher, LookaheadFetcher)
         loop = self.trainer.fit_loop
         assert isinstance(loop, PipelineFitLoop)
-        loop.give_loaders_their_places()
-        data_fetcher.begin_epoch(self.batch_progress.current.ready)
+        resumed_at = self.batch_progress.current.ready
+        if resumed_at:
+            # At an epoch's start, the places would be those at another one's end.
+            loop.give_loaders_their_places()
+        data_fetcher.begin_epoch(resumed_at, loop.take_saved_place(resumed_at))
+        self.pipeline.begin_epoch(resumed_at)
 
     @override
     def on_advance_end(self, data_fetcher: DataFetcher) -> None:
@@ -136,10 +159,18 @@ class PipelineEpochLoop(TrainingEpochLoop):
         self.pipeline.after_whole_step()
 
 
+_PLACE = "place_of_pipeline"
+"""What a checkpoint calls the place of the data, in the state of the fit loop."""
+
+
 class PipelineFitLoop(FitLoop):
     """Epochs that the stages cross each in its own time."""
 
     pipeline: Pipeline
+    place: DataPlace | None = None
+    """Where the data was when that was last asked for."""
+    saved_place: DataPlace | None = None
+    """Where a checkpoint that was loaded says that it is."""
 
     @override
     def make_fetcher(self) -> LookaheadFetcher:
@@ -154,16 +185,42 @@ class PipelineFitLoop(FitLoop):
     @override
     def run(self) -> None:
         self.forget_loaders_of_another_epoch()
-        with self.pipeline.obeying_signals(), _not_transferred_twice(self.trainer):
-            super().run()
+        self.place = None
+        try:
+            with self.pipeline.obeying_signals(), _not_transferred_twice(self.trainer):
+                super().run()
+        finally:
+            self.saved_place = None
 
     @override
     def on_save_checkpoint(self) -> dict[str, Any]:
         state: dict[str, Any] = super().on_save_checkpoint()
-        if "combined_loader" in state and isinstance(self.fetcher, LookaheadFetcher) and self.fetcher.released:
-            # The loaders are ahead.
-            state["combined_loader"] = self.fetcher.released.places
+        fetcher = self.fetcher
+        if isinstance(fetcher, LookaheadFetcher):
+            if "combined_loader" in state and (places := fetcher.places_of_loaders()) is not None:
+                # The loaders are ahead.
+                state["combined_loader"] = places
+            self.place = fetcher.place()
+        if self.place is not None:
+            state[_PLACE] = self.place.in_plain()
         return state
+
+    @override
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        super().on_load_checkpoint(state_dict)
+        self.saved_place = DataPlace.from_plain(state_dict[_PLACE]) if _PLACE in state_dict else None
+
+    def take_saved_place(self, resumed_at: int) -> DataPlace | None:
+        """Where the checkpoint says that the data is, once, if the loop goes on there."""
+        saved, self.saved_place = self.saved_place, None
+        epoch = self.trainer.current_epoch
+        if saved is None or (saved.epoch, saved.index) == (epoch, resumed_at) or saved.begins(epoch + 1):
+            return saved
+        rank_zero_warn(
+            f"the checkpoint was saved before batch {saved.index} of epoch {saved.epoch}, and training goes on with"
+            f" batch {resumed_at} of epoch {epoch}: the training loader starts anew."
+        )
+        return None
 
     @override
     def on_run_start(self) -> None:
@@ -187,6 +244,8 @@ class PipelineFitLoop(FitLoop):
         self.pipeline.end_stream()
         if isinstance(self.fetcher, LookaheadFetcher):
             self.fetcher.end()
+            # For a checkpoint that is saved when the fetcher is gone.
+            self.place = self.fetcher.place()
         super().on_run_end()
 
 
@@ -217,6 +276,11 @@ class _ForwardOnly:
 
 class PipelineEvaluationLoop(_ForwardOnly, EvaluationLoop):
     """An evaluation that streams forward only; what the last stage logs, all ranks learn."""
+
+    def increment_progress_to_evaluation_end(self) -> None:
+        """Count an evaluation that was made before the run was stopped, and begin its loaders, as Lightning does."""
+        with self.pipeline.evaluating():
+            super().increment_progress_to_evaluation_end()
 
     @override
     def on_loader_end(self, outputs: list[dict[str, Any]]) -> None:

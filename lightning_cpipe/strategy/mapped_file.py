@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_cpipe.stage.pages import drop_numbers
-from lightning_cpipe.strategy.checkpoint import State, on_cpu
+from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State, on_cpu
 from lightning_cpipe.torch_private import TorchDispatchMode, pytree
 
 Reading = Callable[[], AbstractContextManager[Any]]
 
-_READ_BY_PARTS = ("state_dict", "optimizer_states")
+_READ_BY_PARTS = ("state_dict", "optimizer_states", IN_FLIGHT)
 
 
 def can_be_mapped(path: str | Path, io: CheckpointIO) -> bool:

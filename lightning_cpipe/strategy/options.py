@@ -31,6 +31,7 @@ class Options:
     early_input_gradient: bool = False
     clip: Clip = "lagged"
     cross_epoch: bool = True
+    exact_resume: bool = False
     check: Check = "auto"
     looks: bool = True
     load_on: LoadOn = "all"

@@ -99,6 +99,11 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
             f"versions={asked.versions!r}: with {written} all micro-batches of an update use the same"
             " weights, and there is but one version. Leave it out."
         )
+    if asked.exact_resume and asked.versions in POLICIES and not POLICIES[asked.versions].keeps:
+        yield (
+            f"exact_resume=True with versions={asked.versions!r}: the weights that a mini-batch in flight was forwarded"
+            " with are not kept, so it can't be forwarded again. Set versions='stash', or leave `exact_resume` out."
+        )
     if flushes and asked.extra_in_flight > 0:
         yield (
             f"extra_in_flight={asked.extra_in_flight}: with {written} nothing of the next mini-batch"

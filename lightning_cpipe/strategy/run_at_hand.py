@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightning_cpipe.stage.view import View
 from lightning_cpipe.strategy.checkpoint import State
+from lightning_cpipe.strategy.exact_resume import ExactResume
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
@@ -24,6 +25,7 @@ class RunAtHand:
         whole: its share in the whole module; None where there is one stage.
         view: what the module shows of its parameters.
         undo: leaves Lightning's objects as they were; called in reverse, each once.
+        exact: its share in what a checkpoint keeps to be resumed exactly; None where that is not asked for.
     """
 
     stage_run: StageRun
@@ -32,6 +34,7 @@ class RunAtHand:
     whole: Whole | None
     view: View
     undo: list[Callable[[], None]]
+    exact: ExactResume | None = None
 
     def end(self) -> list[State] | None:
         """All went well: take what is under way to its end, and make the module on rank 0 whole again.

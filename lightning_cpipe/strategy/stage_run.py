@@ -19,6 +19,7 @@ from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.placement import places_of
 from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.stage.snapshots import Snapshots
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
 from lightning_cpipe.transport.wiring import Lanes
@@ -103,6 +104,8 @@ class StageRun:
         run_step: Callable[[int, MiniBatch], object],
         slices: Slices | None = None,
         sums: Mapping[str, TensorSpec] | None = None,
+        *,
+        keep: bool = False,
     ) -> TrainingStream:
         """Begin to train.
 
@@ -112,6 +115,7 @@ class StageRun:
             run_step: calls the user's step of the whole module for a stage, on a mini-batch.
             slices: where the micro-batches of a flush schedule are.
             sums: what the stages tell each other of their gradients, by purpose.
+            keep: whether a later run may go on from any step of this one.
         """
         to_each = self._to_each(self._training_lanes)
         versions = [Versions(module.parameters().items(), schedule.versions.keeps) for module in self.modules]
@@ -129,11 +133,13 @@ class StageRun:
         ]
         last = self.modules[-1]
         own_by_stage = {module.stage: own.named for module, own in zip(self.modules, versions)}
-        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].links)
+        ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].links, keep=keep)
         told = {
-            purpose: PartialSums(purpose, self.stages, schedule, self._lanes[-1].links, spec, self._device)
+            purpose: PartialSums(purpose, self.stages, schedule, self._lanes[-1].links, spec, self._device, keep=keep)
             for purpose, spec in (sums or {}).items()
         }
+        for stream in streams if keep else ():
+            stream.snapshots = Snapshots(last.root, self.cut, stream.stage)
         timeline = self._timelines[last.stage]
         self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices, told)
         return self._training

@@ -16,7 +16,7 @@ from lightning_cpipe.engine.mini_batch import Mark, MiniBatch, fingerprint
 from lightning_cpipe.engine.stage_stream import InFlight, OfLoss
 from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.schedules.schedule import Schedule
-from lightning_cpipe.stage.randomness import derived_seed, seeded
+from lightning_cpipe.stage.randomness import GeneratorState, derived_seed, get_state, seeded
 from lightning_cpipe.strategy.drawn import Drawn, Released
 from lightning_cpipe.strategy.elsewhere import on_another_rank
 from lightning_cpipe.strategy.lightning_private import (
@@ -52,12 +52,15 @@ class Steps:
         self._precision = trainer.precision_plugin
         self._run = run
         self._several = run.cut.num_stages > 1
-        self._seed = seed
+        self.seed = seed
+        """What all random numbers follow from."""
         self._device = device
         self._loads = loads
         self._takes_batch_idx = self._transfers_its_own_way = True
-        self._evaluations = 0
+        self.evaluations = 0
+        """How many evaluations were begun; their random numbers follow from that, too."""
         self._mark: Mark = (-1, None)
+        self._outside: GeneratorState | None = None
         self._trainable: dict[str, bool] = {}
         self._looks = {each.stage: Looks(self._lightning_module, each, device, loads) for each in run.modules}
         self._micro_batches: MicroBatches | None = None
@@ -68,7 +71,13 @@ class Steps:
         """Whether the mini-batch at hand has no loss, so that it is left out on all stages."""
 
     def begin_training(
-        self, schedule: Schedule, num_microbatches: int | None, looks: bool, sums: Mapping[str, TensorSpec]
+        self,
+        schedule: Schedule,
+        num_microbatches: int | None,
+        looks: bool,
+        sums: Mapping[str, TensorSpec],
+        *,
+        keep: bool = False,
     ) -> TrainingStream:
         """Be ready to train the weights that are on this rank's stages.
 
@@ -77,6 +86,7 @@ class Steps:
             num_microbatches: slices of a mini-batch; None where the schedule streams whole mini-batches.
             looks: whether stages look for what they use and do not receive.
             sums: what the stages tell each other of their gradients, by purpose.
+            keep: whether a later run may go on from any step of this one.
         """
         self._trainable = self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
@@ -84,7 +94,7 @@ class Steps:
         source = fetcher_of(self._trainer)
         if num_microbatches is not None:
             self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
-        training = self._run.train(schedule, source, self._run_training_step, self._micro_batches, sums)
+        training = self._run.train(schedule, source, self._run_training_step, self._micro_batches, sums, keep=keep)
         if self._several and looks:
             for stage, stream in training.stages.items():
                 stream.before_forward = partial(self._look, stage)
@@ -113,7 +123,7 @@ class Steps:
         if isinstance(batch, Released):
             return self._prepared(batch.drawn)
         number = self._mark[0] + 1
-        own = derived_seed(self._seed, "transfer", self._evaluations, number)
+        own = derived_seed(self.seed, "transfer", self.evaluations, number)
         with seeded(own) if self._several and self._transfers_its_own_way else nullcontext():
             prepared = as_usual(batch)
         self._mark = (number, fingerprint(batch) if self._several and self._loads else None)
@@ -192,16 +202,25 @@ class Steps:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """An evaluation runs inside, in a random scope of its own where several ranks must agree."""
-        self._evaluations += 1
+        self.evaluations += 1
         self._mark = (-1, None)
-        own = seeded(derived_seed(self._seed, "evaluation", self._evaluations))
-        with own if self._several else nullcontext():
+        if not self._several:
             yield
+            return
+        self._outside = get_state()
+        with seeded(derived_seed(self.seed, "evaluation", self.evaluations)):
+            yield
+        self._outside = None
+
+    @property
+    def random_state(self) -> GeneratorState:
+        """What training's hooks draw from next, asked in an evaluation, too."""
+        return self._outside or get_state()
 
     def evaluate(self, name: str, arguments: tuple[Any, ...]) -> Any:
         """`validation_step`, `test_step` or `predict_step` on this rank's stages."""
         step = getattr(self._lightning_module, name)
-        seed = derived_seed(self._seed, name, self._evaluations, self._mark[0])
+        seed = derived_seed(self.seed, name, self.evaluations, self._mark[0])
         returned = None
         for stage, stream in zip(self._run.stages, self._run.evaluations[name]):
             own = self._own(arguments, stage)

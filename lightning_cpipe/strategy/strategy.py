@@ -46,9 +46,10 @@ from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, se
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
-from lightning_cpipe.strategy.checkpoint import State
+from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State
 from lightning_cpipe.strategy.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
+from lightning_cpipe.strategy.exact_resume import ExactResume
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.hearsay import Hearsay, Unread
 from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
@@ -134,6 +135,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             it, which are a few updates old. With flush schedules it is the norm of all stages.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
             itself off with a `GradientAccumulationScheduler`.
+        exact_resume: whether checkpoints also hold what is in flight (older weights and buffers), so
+            that a run that is stopped and resumed with as many stages gives the numbers of one that is not, bit for
+            bit. Without, the pipeline is filled anew: the first mini-batches after a resume use the newest weights.
         check: what the set-up proves about the cut: ``fills`` tries what the stages depend on, and compares two steps
             with the uncut module's, gradients aside; ``full`` compares all gradients too; ``auto`` is ``full`` below
             50 million parameters. Where gradients are not compared, a module that `configure_model` builds is
@@ -170,6 +174,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         early_input_gradient: bool = False,
         clip: Clip = "lagged",
         cross_epoch: bool = True,
+        exact_resume: bool = False,
         check: Check = "auto",
         looks: bool = True,
         load_on: LoadOn = "all",
@@ -209,6 +214,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             early_input_gradient=early_input_gradient,
             clip=clip,
             cross_epoch=cross_epoch,
+            exact_resume=exact_resume,
             check=check,
             looks=looks,
             load_on=load_on,
@@ -479,10 +485,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if whole is not None:
             undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
-        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, undo)
+        keeps = self._options.exact_resume and fitting
+        exact = ExactResume(trainer, stage_run, steps, schedule) if keeps else None
+        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, undo, exact)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
-            training = steps.begin_training(schedule, micro_batches, self._options.looks, sums)
+            training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
             self._norms = OfOneStage()
             if whole is not None and schedule.streams:
                 self._norms = InTime(self._options.clip, module, cut, training)
@@ -522,15 +530,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """A fetcher for this rank."""
         trainer = self._module.trainer
         changes = any(isinstance(each, _CHANGES_AT_EPOCHS) for each in callbacks_of(trainer))
-        # With one stage there is nothing to agree on: data is drawn as Lightning draws it.
-        several = self.num_stages > 1 and self._stream is not None
+        # With one stage there is nothing to agree on: data is drawn as Lightning draws it, unless it must come again.
+        several = self.num_stages > 1
         ahead = several and self._schedule.streams
         return LookaheadFetcher(
             trainer,
             lag=self._lag if ahead else 0,
             ahead=POSTED_AHEAD if ahead else 0,
             seed=self._seed,
-            stream=self._stream if several and self._stream is not None else nullcontext,
+            stream=self._stream if several or self._options.exact_resume else None,
             timeline=self.timeline,
             crosses_epochs=self._options.cross_epoch and ahead and not changes,
             loads=self.loads_data,
@@ -541,6 +549,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._streaming = True
         self.stage_run.follow()
         self.stage_run.training.begin()
+        if (exact := self.at_hand.exact) is not None:
+            exact.begin_stream()
 
     def end_stream(self) -> None:
         """Training ends: bring what is in flight to rest."""
@@ -569,6 +579,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
         self.at_hand.steps.require_same_trainable()
+
+    def begin_epoch(self, resumed_at: int) -> None:
+        """The loop goes on at batch `resumed_at` of its epoch, and no hook stands before it."""
+        if (exact := self.at_hand.exact) is not None:
+            exact.begin_epoch(resumed_at)
 
     def after_epoch(self) -> None:
         """An epoch's hooks are done: agree on whether to stop."""
@@ -737,6 +752,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self._at_hand is not None and self._at_hand.whole is not None and self._is_broken:
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
+        if self._at_hand is not None and self._at_hand.exact is not None and "optimizer_states" in checkpoint:
+            parts = self.processes.control.collect(self._at_hand.exact.part())
+            checkpoint[IN_FLIGHT] = ExactResume.whole(parts)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -765,6 +783,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         with self._reading():
             own = states if whole is None else whole.own_optimizer_states(states)
         super().load_optimizer_state_dict({"optimizer_states": own})
+        if self.at_hand.exact is not None:
+            self.at_hand.exact.hear(checkpoint)
 
     # ---- what callbacks show ----
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning_cpipe.strategy.fetcher import LookaheadFetcher
 def fetcher(trainer: Any, batches: int, lag: int = 2) -> LookaheadFetcher:
     """In the trainer's first epoch, of so many batches; it draws `lag` + 2 ahead."""
     loader = CombinedLoader(DataLoader(torch.arange(batches), batch_size=1), "max_size_cycle")
-    made = LookaheadFetcher(trainer, lag, 2, 0, nullcontext, Timeline(), crosses_epochs=True)
+    made = LookaheadFetcher(trainer, lag, 2, 0, None, Timeline(), crosses_epochs=True)
     loader.limits = [batches]
     made.setup(loader)
     iter(made)
@@ -97,7 +96,7 @@ def test_an_empty_epoch_is_walked_over_and_the_loop_finds_nothing_in_it(lag: int
             return iter([[], torch.arange(2)][len(times) not in (2, 3)])
 
     state = trainer(max_epochs=5)
-    made = LookaheadFetcher(state, lag, 2, 0, nullcontext, Timeline(), crosses_epochs=True)
+    made = LookaheadFetcher(state, lag, 2, 0, None, Timeline(), crosses_epochs=True)
     made.setup(CombinedLoader(DataLoader(Sometimes(), batch_size=1), "max_size_cycle"))
     found = []
     for epoch in range(5):

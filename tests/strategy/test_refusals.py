@@ -50,6 +50,7 @@ OPTIONS = [
     ({"schedule": "gpipe", "early_input_gradient": True}, ["early_input_gradient=True", "'gpipe'", "'zb'"], False),
     ({"versions": "newest"}, ["versions='newest'", "there are 'stash', 'latest', 'vertical', '2bw'"], False),
     ({"versions": TWO_BUFFERED}, ["versions=VersionPolicy(name='2bw')", "there are 'stash'"], False),
+    ({"versions": "latest", "exact_resume": True}, ["exact_resume=True with versions='latest'", "'stash'"], False),
     ({"remedy": "spectrain"}, ["remedy='spectrain'"], True),
     ({"extra_in_flight": -1}, ["extra_in_flight=-1", "the least is 0"], False),
     ({"clip": "global"}, ["clip='global'", "there are 'stage', 'suffix', 'lagged'"], False),

@@ -1,0 +1,135 @@
+"""A resumed run draws what comes next: no sample is lost, and none comes twice, whatever the loader."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
+
+from lightning_cpipe import ContinuousPipeStrategy
+from tests.helpers.fits import Watcher, quiet_trainer
+from tests.helpers.modules import WIDTH, Chain, noise_loader
+from tests.helpers.ranks import run_ranks
+
+EPOCHS, PER_EPOCH = 3, 5
+
+
+def data() -> Any:
+    return noise_loader(samples=3 * PER_EPOCH).dataset
+
+
+def augmented(samples: list[Any]) -> list[Tensor]:
+    """Random numbers of all kinds, as a batch is put together."""
+    x, y = default_collate(samples)
+    return [x + torch.rand(()) + np.random.rand() + random.random(), y]
+
+
+def with_own_generator() -> DataLoader[Any]:
+    sampler = RandomSampler(data(), generator=torch.Generator().manual_seed(3))
+    return DataLoader(data(), 3, sampler=sampler)
+
+
+class Stream(IterableDataset[Any]):
+    """Noise from the global generators; nobody knows how much."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(3 * PER_EPOCH):
+            yield torch.randn(WIDTH), torch.randn(WIDTH)
+
+
+class KnowsItsPlace:
+    """Follows the protocol of torchdata's `StatefulDataLoader`: shuffles, and goes on once from a place it is given."""
+
+    def __init__(self) -> None:
+        self.batches = list(DataLoader(data(), 3))
+        self.orders = torch.Generator().manual_seed(3)
+        self.place, self.order = 0, torch.zeros(0)
+        self.is_given = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.is_given:
+            self.place, self.order = 0, torch.randperm(len(self.batches), generator=self.orders)
+        self.is_given = False
+        return self._go_on()
+
+    def _go_on(self) -> Iterator[Any]:
+        while self.place < len(self.batches):
+            x, y = self.batches[int(self.order[self.place])]
+            self.place += 1
+            yield [x + torch.rand(()), y]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place, "order": self.order, "orders": self.orders.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.place, self.order, self.is_given = state["place"], state["order"], True
+        self.orders.set_state(state["orders"])
+
+
+LOADERS: dict[str, Any] = {
+    "in order": lambda: DataLoader(data(), 3),
+    "shuffled, augmented": lambda: DataLoader(data(), 3, shuffle=True, collate_fn=augmented),
+    "own generator": with_own_generator,
+    "stream": lambda: DataLoader(Stream(), 3),
+    "knows its place": KnowsItsPlace,
+}
+
+BY_DEFAULT = ("shuffled, augmented", "knows its place")
+
+
+def every_moment(folder: Path) -> list[pl.Callback]:
+    """Saves at each step, after a validation in mid-epoch and at the end of one, and at the end of each epoch."""
+    return [
+        ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
+        ModelCheckpoint(folder, "val-{step}", monitor="val_loss", save_top_k=-1, auto_insert_metric_name=False),
+        ModelCheckpoint(
+            folder, "end-{step}", save_on_train_epoch_end=True, save_top_k=-1, auto_insert_metric_name=False
+        ),
+    ]
+
+
+def batches_of(loader: Any, p: int, callbacks: list[pl.Callback], ckpt_path: Path | None = None) -> list[float]:
+    """What a run trains, on this rank."""
+    # Another process may have drawn other numbers by then.
+    pl.seed_everything(7 if ckpt_path is None else 8, verbose=False)
+    watcher = Watcher()
+    trainer = quiet_trainer(
+        strategy=ContinuousPipeStrategy(),
+        devices=p,
+        max_epochs=EPOCHS,
+        limit_val_batches=1,
+        val_check_interval=2,
+        enable_checkpointing=True,
+        callbacks=[watcher, *callbacks],
+    )
+    trainer.fit(Chain(), loader(), noise_loader(), ckpt_path=ckpt_path)
+    return [float(x.double().sum()) for x, _ in watcher.seen.batches]
+
+
+MOMENTS = [("2", 2), ("val-7", 7), ("end-5", 5), ("10", 10), ("end-10", 10)]
+
+
+@pytest.mark.parametrize("p", [3, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.full) for name in LOADERS]
+)
+def test_nothing_is_lost_and_nothing_comes_twice(name: str, p: int, tmp_path: Path) -> None:
+    def on_rank(rank: int) -> Any:
+        whole = batches_of(LOADERS[name], p, every_moment(tmp_path))
+        return whole, [batches_of(LOADERS[name], p, [], tmp_path / f"{file}.ckpt") for file, _ in MOMENTS]
+
+    for whole, resumed in run_ranks(on_rank, p):
+        assert (len(set(whole)) > 2 * PER_EPOCH) == (name != "in order")
+        assert resumed == [whole[done:] for _, done in MOMENTS]
