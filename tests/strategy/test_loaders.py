@@ -406,23 +406,26 @@ class KnowsItsPlace:
         self.place = state["place"]
 
 
-def saved_in_mid_stream(path: Path, _: int) -> list[list[float]]:
+def saved_in_mid_stream(path: Path, p: int, load_on: Any, _: int) -> list[list[float]]:
     """The batches of a run that saves in mid-epoch, and of the one that goes on from there."""
     found = []
     for file in (None, path / "step=4.ckpt"):
         watcher = Watcher()
         callbacks = [watcher, ModelCheckpoint(path, "{step}", every_n_train_steps=4, save_top_k=-1)]
-        options = {"strategy": ContinuousPipeStrategy(), "devices": 2, "max_epochs": 1, "callbacks": callbacks}
+        strategy = ContinuousPipeStrategy(load_on=load_on)
+        options = {"strategy": strategy, "devices": p, "max_epochs": 1, "callbacks": callbacks}
         quiet_trainer(enable_checkpointing=True, **options).fit(Chain(), KnowsItsPlace(), ckpt_path=file)
         found.append([float(batch[0].sum()) for batch in watcher.seen.batches])
     return found
 
 
-def test_a_stateful_loader_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("p", "load_on"), [(2, "all"), pytest.param(3, "ends", marks=pytest.mark.full)])
+def test_a_stateful_loader_goes_on_where_it_was(p: int, load_on: str, tmp_path: Path) -> None:
     """Its place was saved two batches ahead, and not given back to it."""
     every = [float(batch[0].sum()) for batch in noise_loader(samples=30)]
-    for of_rank in run_ranks(partial(saved_in_mid_stream, tmp_path), 2):
-        assert of_rank == [every, every[4:]]
+    for rank, of_rank in enumerate(run_ranks(partial(saved_in_mid_stream, tmp_path, p, load_on), p)):
+        loads = load_on == "all" or rank in (0, p - 1)
+        assert of_rank == ([every, every[4:]] if loads else [[0.0] * 10, [0.0] * 6])
 
 
 class Longer(pl.LightningDataModule):
