@@ -72,7 +72,9 @@ class ScriptLauncher(SubprocessScriptLauncher):
                 start_children(self)
             self._child_watch = _ChildWatch(self.procs, self._strategy)
             self._child_watch.start()
-        set_num_threads_if_needed(num_processes=self.num_processes)
+        if self.num_processes > 1:
+            # A process alone shares the cores with nobody.
+            set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
         except BaseException as error:

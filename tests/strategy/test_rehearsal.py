@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,18 @@ def test_eight_stages_on_fewer_devices_have_the_bits_of_eight_processes(
     a_process_each, *fewer = (fit_on(devices, module, **options) for devices in (8, 4, 2, 1))
     for rehearsed in fewer:
         require_same(rehearsed, a_process_each)
+
+
+def test_a_process_alone_keeps_its_threads() -> None:
+    """It took as many as there are cores, and gradients rounded otherwise than in plain Lightning before it."""
+
+    def on_rank(_: int) -> int:
+        del os.environ["OMP_NUM_THREADS"]
+        torch.set_num_threads(5)
+        quiet_trainer(devices=1, strategy=ContinuousPipeStrategy(num_stages=2), fast_dev_run=1).fit(Chain(), data())
+        return torch.get_num_threads()
+
+    assert run_ranks(on_rank, 1) == [5]
 
 
 def test_words_about_a_rank_name_all_its_stages() -> None:
