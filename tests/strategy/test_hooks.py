@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -78,6 +80,13 @@ def test_hooks_run_in_lightnings_order_on_every_rank(p: int) -> None:
     for of_rank in others:
         for ours, lightnings in zip(of_rank, plain, strict=True):
             assert ours == of_other_ranks(lightnings)
+
+
+def test_the_docs_say_what_each_hook_sees() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text()
+    section = text.partition("\n## Hooks\n")[2].partition("\n## ")[0]
+    named = {name for line in section.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line)}
+    assert set(OF_CALLBACKS + OF_MODULE) - named == set()
 
 
 class CollectsOutputs(Chain):
