@@ -40,8 +40,16 @@ class Buffered(Chain):
 Scheduled = partial(Chain, schedule="epoch")
 """SWA puts a scheduler of its own in the place of this one."""
 
+
+class Watching(EMAWeightAveraging):
+    """Has a hook with outputs, which are on one rank; its others must run on all."""
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        pass
+
+
 AVERAGING: dict[str, Callable[[], pl.Callback]] = {
-    "EMA": partial(EMAWeightAveraging, decay=0.8, update_every_n_steps=2),
+    "EMA": partial(Watching, decay=0.8, update_every_n_steps=2),
     "mean": partial(WeightAveraging, use_buffers=False),
     "SWA": partial(StochasticWeightAveraging, 0.02, swa_epoch_start=1, annealing_epochs=2),
 }
