@@ -86,6 +86,9 @@ class Pipeline(Protocol):
     def share_evaluation(self, outputs: list[dict[str, Any]]) -> None:
         """A loader of an evaluation is done: learn what the last stage logged for it."""
 
+    def share_returned(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """An evaluation is over: what it returns is what it returns on the last stage."""
+
     def after_evaluation(self) -> None:
         """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
 
@@ -281,6 +284,10 @@ class PipelineEvaluationLoop(_ForwardOnly, EvaluationLoop):
         """Count an evaluation that was made before the run was stopped, and begin its loaders, as Lightning does."""
         with self.pipeline.evaluating():
             super().increment_progress_to_evaluation_end()
+
+    @override
+    def run(self) -> list[dict[str, Any]]:
+        return self.pipeline.share_returned(super().run())
 
     @override
     def on_loader_end(self, outputs: list[dict[str, Any]]) -> None:

@@ -136,6 +136,11 @@ class Sharing(ABC):
     def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
         """Tell or learn what was logged for the loader of an evaluation that was done last."""
 
+    def returned(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What an evaluation returns: hooks that the last stage alone runs may have logged at its end."""
+        told = self.agree("returned", [_numbers(each) for each in outputs] if self.leads else None)
+        return outputs if self.leads else [_tensors(each) for each in told]
+
     @abstractmethod
     def agree(self, topic: str, content: Any) -> Any:
         """What the last stage has to say on a topic, on every rank."""

@@ -597,6 +597,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """A loader of an evaluation is done: learn what the last stage logged for it."""
         self.at_hand.sharing.evaluation_of_loader(outputs)
 
+    def share_returned(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """An evaluation is over: what it returns is what it returns on the last stage."""
+        # Nobody gets what a validation inside a fit returns.
+        inside_fit = self._module.trainer.state.fn == TrainerFn.FITTING
+        return outputs if inside_fit else self.at_hand.sharing.returned(outputs)
+
     def after_evaluation(self) -> None:
         """An evaluation is computed, its end's hooks not yet called: learn the metrics."""
         self.at_hand.sharing.metrics("evaluation")

@@ -37,10 +37,20 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
 
 
 class OfLoaders(Chain):
-    """Tests and predicts on several loaders."""
+    """Tests and predicts on several loaders, and counts outputs."""
+
+    batches = 0
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         super().test_step(batch, batch_idx)
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def on_test_epoch_end(self) -> None:
+        """Runs where the outputs are, and what it logs is returned on all ranks."""
+        self.log("batches", float(self.batches))
+        self.batches = 0
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         return super().predict_step(batch, batch_idx)
