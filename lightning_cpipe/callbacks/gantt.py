@@ -18,6 +18,7 @@ from lightning_cpipe.engine.timeline import (
     WAIT_DECISION,
     WAIT_EVALUATION,
     WAIT_GRADIENT,
+    WAIT_REPLICAS,
     Span,
 )
 from lightning_cpipe.schedules.action import Kind
@@ -33,6 +34,7 @@ _COLOUR_OF = {
     WAIT_GRADIENT: "#dddddd",
     WAIT_DECISION: "#cccccc",
     WAIT_EVALUATION: "#e5dad3",
+    WAIT_REPLICAS: "#bab0ac",
 }
 
 Spans = Mapping[int, Sequence[Span]]

@@ -14,10 +14,10 @@ from typing_extensions import override
 from lightning_cpipe.callbacks.gantt import draw_gantt
 from lightning_cpipe.callbacks.loggers import declare, folder_of, log_numbers, log_picture, log_table
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.timeline import KINDS, OF_EVALUATION, OTHER, Span
+from lightning_cpipe.engine.timeline import KINDS, OF_EVALUATION, OTHER, WAIT_REPLICAS, Span
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 
-_SHOWN = (*(kind for kind in KINDS if kind not in OF_EVALUATION), OTHER)
+_SHOWN = (*(kind for kind in KINDS if kind not in (*OF_EVALUATION, WAIT_REPLICAS)), OTHER)
 
 TABLE_ROWS = 2000
 """The longest timeline that goes into a logger's table."""
@@ -33,7 +33,9 @@ class IdleMonitor(pl.Callback):
     ``idle_ratio_steady`` (without the fill) and ``idle_ratio_run``; in updates, ``stage{s}/delay_updates`` (measured)
     and ``delay_promised_updates``. The mean over the stages is ``pipe/idle_ratio`` and so on, beside
     ``pipe/idle_ratio_predicted``, which counts slots of the plan. Where a rank holds several stages, ``data``,
-    ``update`` and ``wait_decision`` stand with its last one, and ``other`` of each includes the time of the others.
+    ``update`` and ``wait_decision`` stand with its last one, and ``other`` of each includes the time of the others. Of
+    pipelines side by side, the figures are those of the first, and ``wait_replicas_ms`` is the time that its stages
+    wait for the gradients of the others, which is not idle.
 
     What evaluations took is in none of the above: ``pipe/evaluation_s``, with the waiting that they caused, and
     ``pipe/evaluation_idle_slots``, which is that waiting alone, for one evaluation and as a mean over the stages, in
@@ -117,7 +119,7 @@ class IdleMonitor(pl.Callback):
         means = {name: MeanMetric(sync_on_compute=False) for name in names}
         for stage, now in figures.items():
             lately = now.since(self._last.get(stage, StageFigures()))
-            for kind in _SHOWN:
+            for kind in _SHOWN if strategy.num_replicas == 1 else (*_SHOWN, WAIT_REPLICAS):
                 numbers[f"stage{stage}/{kind}_ms"] = 1e3 * lately.seconds(kind) / max(1, lately.backwards)
             for name, ratio in zip(means, (lately.idle_ratio, now.steady_idle_ratio, now.idle_ratio)):
                 numbers[f"stage{stage}/{name}"] = ratio

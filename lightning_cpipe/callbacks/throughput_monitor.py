@@ -22,8 +22,8 @@ _NAMES = {
     "device/flops_per_sec": "throughput/flops_per_s",
     "device/mfu": "throughput/mfu",
 }
-"""Lightning's name for one device's rate -> ours. The whole pipeline counts as one device: all its stages work on the
-same mini-batches, and Lightning's own callback, which multiplies by the number of ranks, would count each p times."""
+"""Lightning's name for one device's rate -> ours. All pipelines together count as one device: the stages of one work on
+the same mini-batches. Lightning's own callback, which multiplies by the number of ranks, would count each p times."""
 
 
 class ThroughputMonitor(pl.Callback):
@@ -33,7 +33,8 @@ class ThroughputMonitor(pl.Callback):
     batch has tokens (a tensor of int32 or int64 with at least two dimensions, the first of which is the batch's size);
     a sample of a later batch without any counts as one token. ``flops_per_s`` where the operations were counted at
     set-up, and ``mfu`` where the peak of the hardware is known. Rates are means over a rolling window and leave out the
-    fill and evaluations. Works with any strategy that runs on one pipeline or one device.
+    fill and evaluations. Pipelines side by side count together, each with as much as the first. Works with any
+    strategy that runs on pipelines or on one device.
 
     Args:
         window_size: mini-batches in the window.
@@ -49,6 +50,7 @@ class ThroughputMonitor(pl.Callback):
         self._counts_tokens = False
         self._start = self._paused_at = 0.0
         self._flops: int | None = None
+        self._pipelines = 1
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -59,9 +61,10 @@ class ThroughputMonitor(pl.Callback):
         device = strategy.root_device
         devices = 1
         if isinstance(strategy, ContinuousPipeStrategy):
-            devices = strategy.num_ranks
+            self._pipelines = strategy.num_replicas
+            devices = strategy.num_ranks * self._pipelines
             # A backward costs about twice a forward: the gradients of the input and of the weights.
-            self._flops = 3 * strategy.forward_flops or None
+            self._flops = 3 * strategy.forward_flops * self._pipelines or None
         peak = get_available_flops(device, _computes_in(trainer, pl_module)) if device.type == "cuda" else None
         self._throughput = Throughput(
             available_flops=None if peak is None else devices * peak, window_size=self._window_size
@@ -87,9 +90,9 @@ class ThroughputMonitor(pl.Callback):
         self._tokens += max(counted, tokens or 0)
         self._throughput.update(
             time=time.perf_counter() - self._start,
-            batches=self._batches,
-            samples=self._samples,
-            lengths=self._tokens if self._counts_tokens else None,
+            batches=self._batches * self._pipelines,
+            samples=self._samples * self._pipelines,
+            lengths=self._tokens * self._pipelines if self._counts_tokens else None,
             flops=self._flops,
         )
         every = self._every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]

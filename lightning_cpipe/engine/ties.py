@@ -56,7 +56,7 @@ class Tied(ABC):
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], ends: LinkEnds) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._incoming, self._outgoing = ends
         self._specs = [TensorSpec.of(parameter) for parameter in parameters]
 
@@ -77,7 +77,7 @@ class Tied(ABC):
     def _receive(self, waiting: Measure) -> Iterator[tuple[nn.Parameter, Tensor]]:
         with waiting():
             arrived = self._incoming.receive()
-        return zip(self._parameters, arrived)
+        return zip(self.parameters, arrived)
 
 
 class Copies(Tied):
@@ -108,7 +108,7 @@ class Copies(Tied):
     def send_again(self, messages: Sequence[Sequence[Tensor]]) -> None:
         """Before the first step, send what the owner had not added when another run was stopped."""
         for message in messages:
-            self._send([tensor.to(each.device) for tensor, each in zip(message, self._parameters)])
+            self._send([tensor.to(each.device) for tensor, each in zip(message, self.parameters)])
 
     def _send(self, gradients: list[Tensor]) -> None:
         self._outgoing.send(gradients)
@@ -116,8 +116,8 @@ class Copies(Tied):
 
     def after_backward(self, waiting: Measure) -> None:
         """Send the owner this mini-batch's gradients."""
-        self._send([_gradient_of(parameter) for parameter in self._parameters])
-        for parameter in self._parameters:
+        self._send([_gradient_of(parameter) for parameter in self.parameters])
+        for parameter in self.parameters:
             parameter.grad = None
 
     def after_update(self, waiting: Measure) -> None:
@@ -167,7 +167,7 @@ class Owned(Tied):
 
     def after_update(self, waiting: Measure) -> None:
         """Send the other stage the new weights; copies, since the next update may write into the same memory."""
-        self._outgoing.send([parameter.detach().clone() for parameter in self._parameters])
+        self._outgoing.send([parameter.detach().clone() for parameter in self.parameters])
 
     def send_last(self) -> None:
         """Training is over: satisfy the receive of weights that will not come."""
@@ -223,6 +223,16 @@ class Ties:
                 assert of_owner is not None
                 owned.append(Owned([own[tie.owner][name] for name in tie.names], of_owner, pair, late))
         return cls(copies, owned)
+
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """What others own; it keeps no gradient."""
+        return [parameter for each in self._copies for parameter in each.parameters]
+
+    @property
+    def added_to(self) -> list[nn.Parameter]:
+        """What others add gradients to, after a backward."""
+        return [parameter for each in self._owned for parameter in each.parameters]
 
     def begin(self) -> None:
         """Training begins."""

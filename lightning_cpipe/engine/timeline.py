@@ -3,8 +3,9 @@
 Idle is waiting for a neighbour, nothing else: for an activation, for a gradient, and for the last stage's decisions,
 which come late only if its hooks or loggers take longer than a local step. What an evaluation makes a stage wait for
 is kept apart from training's idle time: its mini-batches, what the last stage logs of them, and afterwards the next
-gradient, since the last stage, which ends the evaluation last, goes on last. What is in no span is the time of the
-training loop, its hooks and its loggers; it is called *other* where it is shown.
+gradient, since the last stage, which ends the evaluation last, goes on last. So is waiting for the gradients of
+pipelines side by side. What is in no span is the time of the training loop, its hooks and its loggers; it is called
+*other* where it is shown.
 """
 
 from __future__ import annotations
@@ -25,12 +26,24 @@ UPDATE = "update"
 WAIT_ACTIVATION = "wait_activation"
 WAIT_GRADIENT = "wait_gradient"
 WAIT_DECISION = "wait_decision"
+WAIT_REPLICAS = "wait_replicas"
 DATA = "data"
 EVALUATION = "evaluation"
 WAIT_EVALUATION = "wait_evaluation"
 OTHER = "other"
 
-KINDS = (FORWARD, BACKWARD, UPDATE, WAIT_ACTIVATION, WAIT_GRADIENT, WAIT_DECISION, DATA, EVALUATION, WAIT_EVALUATION)
+KINDS = (
+    FORWARD,
+    BACKWARD,
+    UPDATE,
+    WAIT_ACTIVATION,
+    WAIT_GRADIENT,
+    WAIT_DECISION,
+    WAIT_REPLICAS,
+    DATA,
+    EVALUATION,
+    WAIT_EVALUATION,
+)
 """Every kind of span that is recorded. *Other* is what they leave."""
 
 ACTIONS = {

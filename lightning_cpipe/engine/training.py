@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lightning_cpipe.engine.averaging import Averaging
 from lightning_cpipe.engine.mini_batch import Slices
 from lightning_cpipe.engine.partial_sums import PartialSums, Sums
 from lightning_cpipe.engine.stage_stream import StageStream, State
 from lightning_cpipe.engine.ties import Pair, Ties
-from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
+from lightning_cpipe.engine.timeline import WAIT_GRADIENT, WAIT_REPLICAS, Timeline
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.action import Action, Kind
 from lightning_cpipe.schedules.schedule import Schedule
@@ -75,6 +76,7 @@ class TrainingStream:
         ties: of the rank with others; None where it has none.
         slices: where the micro-batches are; None where the schedule streams whole mini-batches.
         sums: what the stages tell each other of their gradients, by purpose.
+        averaging: over pipelines side by side; None where there is one.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class TrainingStream:
         ties: Ties | None = None,
         slices: Slices | None = None,
         sums: Mapping[str, PartialSums] | None = None,
+        averaging: Averaging | None = None,
     ) -> None:
         self.stages = {stage.stage: stage for stage in stages}
         self._schedule = schedule
@@ -94,6 +97,8 @@ class TrainingStream:
         self._ties = ties or Ties()
         self._slices = slices
         self._sums = sums or {}
+        self._averaging = averaging
+        self._backwards = 1
         self.updated = -1
         """The mini-batch, or the first micro-batch, of the update that began last."""
         self.backwarded = 0
@@ -117,6 +122,8 @@ class TrainingStream:
         self._ties.begin()
         for sums in self._sums.values():
             sums.begin()
+        if self._averaging is not None:
+            self._averaging.attach()
 
     def forward_until(self, number: int) -> None:
         """Run the actions up to the first backward of mini-batch `number`, without it."""
@@ -129,14 +136,25 @@ class TrainingStream:
             self._run_next()
         _require_planned(self._begun if self._slices else self._first + self._next.batch, number)
 
-    def backward(self, number: int) -> None:
-        """Run the actions up to the updates that follow the backwards of mini-batch `number`."""
+    def backward(self, number: int, *, before_update: bool = False) -> None:
+        """Run the actions up to the updates that follow the backwards of mini-batch `number`.
+
+        Args:
+            number: of the mini-batch.
+            before_update: whether the optimizer steps next, so that pipelines side by side average their gradients.
+        """
+        averaging = self._averaging if before_update else None
+        if averaging is not None:
+            averaging.begin(self._backwards)
         to_update = set(self.stages)
         while to_update:
             if self._next.kind is Kind.UPDATE:
                 to_update.discard(self._next_stage.stage)
             self._run_next()
         self._ties.after_backward(partial(self._timeline.measure, WAIT_GRADIENT, number))
+        if averaging is not None:
+            with self._timeline.measure(WAIT_REPLICAS, number):
+                averaging.finish()
         self.backwarded = number + 1
 
     def skip_to(self, number: int) -> None:
@@ -208,6 +226,8 @@ class TrainingStream:
         self._ties.settle()
         for sums in self._sums.values():
             sums.settle()
+        if self._averaging is not None:
+            self._averaging.detach()
         self._next, self._begun = _OVER, -1
 
     # ---- the plan ----
@@ -221,6 +241,7 @@ class TrainingStream:
         self._actions: Iterator[Action] = (action for row in rows for action in row)
         self._next = next(self._actions)
         self._begun, self._first = number, numbers.start
+        self._backwards = len(numbers) if self._slices else 1
         for stage in self.stages.values():
             stage.begin_at(numbers.start)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,7 +45,7 @@ class Averages:
         self._trainer = trainer
         self._module = module
         self._cut = cut
-        self._control = processes.control
+        self._processes = processes
         self._stages = processes.stages
         self._averages = averages_of(callbacks_of(trainer))
 
@@ -92,7 +93,7 @@ class Averages:
     def put_together(self) -> None:
         """Make the copies of rank 0 whole; all ranks must call it."""
         for average in self._averages:
-            if everyones := self._control.collect(held_by(average.copy, self._cut, *self._stages)):
+            if everyones := self._processes.collect(partial(held_by, average.copy, self._cut, *self._stages)):
                 make_room(average.copy)
                 for numbers in everyones:
                     fill(average.copy, numbers)
@@ -103,7 +104,7 @@ class Averages:
 
         def save(*args: Any) -> Any:
             sharing.before_collective()
-            everyones = self._control.collect(held_by(average.copy, self._cut, *self._stages))
+            everyones = self._processes.collect(partial(held_by, average.copy, self._cut, *self._stages))
             if not everyones:
                 return {}
             # A hook may save.

@@ -16,9 +16,9 @@ from lightning_cpipe.engine.training import TrainingStream
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.lightning_private import instead_of
 from lightning_cpipe.strategy.options import Clip
+from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.whole import Whole
 from lightning_cpipe.torch_private import norms_of, scale_all
-from lightning_cpipe.transport.control import Control
 from lightning_cpipe.tree import TensorSpec
 
 NORMS = "norms"
@@ -59,12 +59,12 @@ class Exact(Norms):
 
     Args:
         whole: this rank's share in the whole.
-        control: where the norms are compared.
+        processes: among which those of this pipeline compare the norms.
     """
 
-    def __init__(self, whole: Whole, control: Control) -> None:
+    def __init__(self, whole: Whole, processes: Processes) -> None:
         self._whole = whole
-        self._control = control
+        self._processes = processes
 
     def full(self, optimizer: Optimizer) -> Tensor:
         """The norm of the norms of all gradients, in the order of the whole optimizer's parameters."""
@@ -72,7 +72,8 @@ class Exact(Norms):
         norms = norms_of([gradient for _, gradient in placed]) if placed else []
         # One wait for the device, however many they are.
         own = torch.stack([norm.to(norms[0].device) for norm in norms]).cpu() if norms else torch.zeros(0)
-        everyones = self._control.compare(([place for place, _ in placed], own))
+        found = self._processes.control.compare(([place for place, _ in placed], own))
+        everyones = self._processes.of_pipeline(found, self._processes.replica)
         by_place = sorted((place, norm) for places, found in everyones for place, norm in zip(places, found.unbind()))
         if not by_place:
             return torch.zeros(())

@@ -264,7 +264,7 @@ def probe_steps(
         trainer.fit_loop.setup_data()
         first = fetcher_of(trainer).peek()
         _require_same_first_batch(processes, None if first is None else first.fingerprint)
-        _require_same_length(processes, "training loaders", trainer.num_training_batches)
+        _require_same_length(processes, "training loaders", trainer.num_training_batches, of_all=True)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
         steps = [training_probe_step(module, first, device, seed, num_microbatches)]
@@ -289,20 +289,32 @@ def _evaluation_probe_step(
 
 
 def _require_same_first_batch(processes: Processes, fingerprint: int | None) -> None:
-    found = processes.control.compare(fingerprint)
-    others = [rank for rank, theirs in enumerate(found) if theirs not in (found[0], None)]
-    if others:
-        raise DataMismatchError(
-            f"the training loaders differ: rank 0 and rank {others[0]} drew different first batches. {SAME_DATA}"
-        )
+    everyones = processes.control.compare(fingerprint)
+    for replica in range(processes.num_replicas):
+        found, first = processes.of_pipeline(everyones, replica), replica * len(processes.held)
+        others = [rank for rank, theirs in enumerate(found, first) if theirs not in (found[0], None)]
+        if others:
+            raise DataMismatchError(
+                f"the training loaders differ: rank {first} and rank {others[0]} drew different first batches."
+                f" {SAME_DATA}"
+            )
 
 
-def _require_same_length(processes: Processes, loaders: str, batches: Any) -> None:
-    """Where one rank comes to the end before another, that would wait for ever."""
-    found = processes.control.compare(batches)
-    others = [rank for rank, theirs in enumerate(found) if theirs != found[0]]
+def _require_same_length(processes: Processes, loaders: str, batches: Any, *, of_all: bool = False) -> None:
+    """Where one rank comes to the end before another, that would wait for ever.
+
+    Args:
+        processes: the ranks.
+        loaders: in words.
+        batches: how many there are here.
+        of_all: whether pipelines side by side wait for each other, too.
+    """
+    everyones = processes.control.compare(batches)
+    first = 0 if of_all else processes.replica * len(processes.held)
+    found = everyones if of_all else processes.of_pipeline(everyones, processes.replica)
+    others = [rank for rank, theirs in enumerate(found, first) if theirs != found[0]]
     if others:
         raise DataMismatchError(
-            f"the {loaders} differ: rank 0 has {found[0]} batches, and rank {others[0]} has {found[others[0]]}."
-            f" {SAME_DATA}"
+            f"the {loaders} differ: rank {first} has {found[0]} batches, and rank {others[0]} has"
+            f" {everyones[others[0]]}. {SAME_DATA}"
         )

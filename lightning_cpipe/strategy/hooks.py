@@ -26,8 +26,10 @@ from lightning_cpipe.strategy.lightning_private import (
     instead_of,
     rate_pipelines,
 )
+from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.step_names import STEPS
+from lightning_cpipe.transport.counterparts import Counterparts
 
 _OF_CALLBACKS = frozenset(
     name
@@ -56,7 +58,7 @@ def view_of_hooks() -> View:
 
 
 def arrange_hooks(
-    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing, view: View
+    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing, view: View, processes: Processes
 ) -> list[Callable[[], None]]:
     """Let each hook run where it belongs, and see what is there.
 
@@ -64,17 +66,30 @@ def arrange_hooks(
     - Hooks that need what only the last stage has run there only, see `_of_last_stage`.
     - All others run on every stage.
 
+    Args:
+        trainer: has the callbacks.
+        module: whole, for the user.
+        cut: of it.
+        sharing: this rank's share in the talk.
+        view: what hooks see of the module's parameters.
+        processes: this rank among the others.
+
     Returns:
         Functions that undo it.
     """
     for callback in callbacks_of(trainer):
-        rate_pipelines(callback, 1, trainer.world_size)
+        rate_pipelines(callback, processes.num_replicas, len(processes.held))
     undo = [view.open(), *_show_own(trainer, module, view)]
-    # Metrics are the same on all ranks here.
-    undo += [hide_advice_to_sync(), *_keep_metrics_apart(trainer, module)]
+    undo += _keep_metrics_apart(trainer, module, processes.counterparts)
+    if processes.counterparts is None:
+        # Metrics are the same on all ranks here.
+        undo.append(hide_advice_to_sync())
     here_alone = _of_last_stage(trainer, module, cut)
     if sharing.leads:
-        undo += [instead_of(owner, hook, _unheard(getattr(owner, hook), sharing)) for owner, hook in here_alone]
+        for owner, hook in here_alone:
+            # Nobody but rank 0 has a checkpoint to change.
+            runs = hook != "on_save_checkpoint" or trainer.is_global_zero
+            undo.append(instead_of(owner, hook, _unheard(getattr(owner, hook), sharing) if runs else _nothing))
         if of_module := [hook for owner, hook in here_alone if owner is module]:
             rank_zero_info(
                 f"{type(module).__name__}: {', '.join(of_module)} run on the last stage only (rank 0), where what they"
@@ -172,11 +187,16 @@ def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Call
     return instead_of(module, "on_train_epoch_end", on_train_epoch_end)
 
 
-def _keep_metrics_apart(trainer: pl.Trainer, module: pl.LightningModule) -> list[Callable[[], None]]:
-    """A torchmetrics metric computes over all ranks by default, but only the last stage calls it."""
+def _keep_metrics_apart(
+    trainer: pl.Trainer, module: pl.LightningModule, counterparts: Counterparts | None
+) -> list[Callable[[], None]]:
+    """A torchmetrics metric computes over all ranks by default, but only the last stage of each pipeline calls it."""
     of_callbacks = [value for each in callbacks_of(trainer) for value in vars(each).values()]
     metrics = [each for each in (*of_callbacks, *module.modules()) if isinstance(each, Metric)]
-    return [instead_of(metric, "distributed_available_fn", lambda: False) for metric in metrics]
+    if counterparts is None:
+        return [instead_of(metric, "distributed_available_fn", lambda: False) for metric in metrics]
+    group: Any = counterparts.group
+    return [instead_of(metric, "process_group", metric.process_group or group) for metric in metrics]
 
 
 def _refuse_to_skip(module: pl.LightningModule) -> Callable[[], None]:

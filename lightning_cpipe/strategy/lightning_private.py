@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn as seed_workers
 from lightning.fabric.utilities.data import _set_sampler_epoch as set_sampler_epoch
+from lightning.fabric.utilities.distributed import _all_gather_ddp_if_available as all_gather_stacked
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device as default_backend_for,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "TunerExit",
     "adopt",
     "after_loading_average",
+    "all_gather_stacked",
     "as_of",
     "attach_for_training",
     "averages_of",
@@ -77,6 +79,7 @@ __all__ = [
     "loaders_as",
     "logging_for",
     "optimizers_to_device",
+    "overrule_metrics",
     "plan_timed_validation",
     "prepare_batch",
     "put_back_epoch_so_far",
@@ -356,6 +359,22 @@ def learn_metrics(trainer: pl.Trainer, callback: Mapping[str, Tensor], logged: M
     known_callback, known_logged = known_metrics(trainer)
     known_callback.update(callback)
     known_logged.update(logged)
+
+
+def overrule_metrics(trainer: pl.Trainer, values: Mapping[str, Tensor]) -> None:
+    """Let what this process has logged be these values, by the names that callbacks and loggers see."""
+    results = trainer._results
+    if results is None:
+        return
+    of_step = trainer._logger_connector._first_loop_iter is not None
+    for _, metric in results.valid_items():
+        value = values.get(results._forked_name(metric, of_step)[1])
+        if value is None:
+            continue
+        if of_step and metric.meta.on_step:
+            metric._forward_cache = value
+        elif not of_step and metric.meta.on_epoch:
+            metric._computed = value
 
 
 @contextmanager

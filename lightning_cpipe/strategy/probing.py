@@ -38,6 +38,7 @@ from lightning_cpipe.strategy.lightning_private import (
 from lightning_cpipe.strategy.loops import PipelineEvaluationLoop, PipelinePredictionLoop
 from lightning_cpipe.strategy.micro_batches import micro_batches
 from lightning_cpipe.strategy.refusals import refuse_broadcast
+from lightning_cpipe.strategy.replicas import alone_in_steps
 from lightning_cpipe.strategy.step_names import STEPS
 from lightning_cpipe.tree import copied, flatten, signature
 
@@ -258,6 +259,7 @@ def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[Non
     if trainer.world_size > 1:
         # Only rank 0 is here.
         undo.append(instead_of(trainer.strategy, "broadcast", refuse_broadcast))
+        undo += alone_in_steps(trainer.strategy)
     trainer.loggers = [_Listener(by_hand) for _ in loggers]
     try:
         yield

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from lightning_cpipe.schedules.placement import places_of, rank_of, stages_of
 from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
-from lightning_cpipe.transport.control import Control
+from lightning_cpipe.transport.control import Content, Control
+from lightning_cpipe.transport.counterparts import Counterparts
 from lightning_cpipe.transport.first_cause import ORPHANED, say, sentence_if_killed
 from lightning_cpipe.transport.last_words import LastWords
 from lightning_cpipe.transport.launched import Guard, launcher
@@ -33,36 +35,54 @@ START_UP = timedelta(minutes=10)
 
 
 class Processes:
-    """The ranks of one pipeline, seen from one of them.
+    """The ranks of all pipelines, seen from one of them.
 
     Args:
         environment: knows the ranks and their address.
-        held: the stages of each rank, in the order in which data flows.
+        held: the stages of each rank of a pipeline, in the order in which data flows.
         device: where this rank computes.
         backend: of the groups that carry tensors; None for the device's own.
+        num_replicas: pipelines side by side.
     """
 
-    def __init__(self, environment: ClusterEnvironment, held: Held, device: torch.device, backend: str | None) -> None:
+    def __init__(
+        self,
+        environment: ClusterEnvironment,
+        held: Held,
+        device: torch.device,
+        backend: str | None,
+        num_replicas: int = 1,
+    ) -> None:
         self.rank = environment.global_rank()
         self.held = held
+        self.num_replicas = num_replicas
+        self.replica = self.rank // len(held)
         self.stages = stages_of(self.rank, held)
+        self.counterparts: Counterparts | None = None
+        """Those of this rank; None where there is one pipeline."""
         self._wiring: Wiring | None = None
         self._watch: Watch | None = None
         self._words: LastWords | None = None
         self._ending = Ending()
         self._backend = backend or default_backend_for(device)
         self._launcher = launcher()
-        self._guard = Guard(self.rank, stages_in_words(self.stages), self._launcher)
+        self._guard = Guard(self.rank, self._named_stages(self.rank), self._launcher)
         if self.num_ranks > 1:
             self._guard.start()
             init_dist_connection(environment, self._backend, timeout=START_UP)
         self.control = Control(self.num_ranks)
-        if self.num_ranks > 1:
+        if len(held) > 1:
+            first = self.replica * len(held)
             places = sorted(place for stages in held for place in places_of(stages))
-            ranks = [rank_of(place[0], held) for place in places]
-            self._wiring = Wiring(self.control, ranks, ranks.index(self.rank), device, self._backend, places)
+            ranks = [first + rank_of(place[0], held) for place in places]
+            replicas = [replica * len(held) - first for replica in range(num_replicas)]
+            self._wiring = Wiring(self.control, ranks, ranks.index(self.rank), device, self._backend, places, replicas)
+        if num_replicas > 1:
+            self.counterparts = Counterparts(self.control, self.rank, len(held), num_replicas, device, self._backend)
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
-        self._letting_go = weakref.finalize(self, _let_go_of, self._wiring, self.control, self._ending)
+        self._letting_go = weakref.finalize(
+            self, _let_go_of, self._wiring, self.counterparts, self.control, self._ending
+        )
         self._letting_go.atexit = False
 
     @property
@@ -72,8 +92,23 @@ class Processes:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that hold them."""
-        return len(self.held)
+        """Ranks of all pipelines together."""
+        return len(self.held) * self.num_replicas
+
+    def collect(self, of_rank: Callable[[], Content]) -> list[Content]:
+        """On rank 0, what the ranks of the first pipeline have, in their order; an empty list elsewhere.
+
+        All ranks must call it. Those of other pipelines hold the same weights, and send nothing.
+        """
+        found: list[Any] = self.control.collect(of_rank() if self.replica == 0 else None)
+        return self.of_pipeline(found, 0)
+
+    def of_pipeline(self, everyones: Sequence[Content], replica: int) -> list[Content]:
+        """Of what all ranks have, that of one pipeline's ranks, in their order."""
+        return list(everyones[replica * len(self.held) : (replica + 1) * len(self.held)])
+
+    def _named_stages(self, rank: int) -> str:
+        return named_stages(rank, self.held, self.num_replicas)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -85,8 +120,8 @@ class Processes:
         if self.num_ranks == 1:
             return
         path = None if words_folder is None else words_folder / f"rank_{self.rank}"
-        self._words = LastWords(sentence_if_killed(self.rank, stages_in_words(self.stages)), path)
-        stages = [stages_in_words(stages_of(rank, self.held)) for rank in range(self.num_ranks)]
+        self._words = LastWords(sentence_if_killed(self.rank, self._named_stages(self.rank)), path)
+        stages = [self._named_stages(rank) for rank in range(self.num_ranks)]
         run = self.control.share(uuid.uuid4().hex)
         self._watch = Watch(self.rank, stages, run, silence_s, self._words, self._launcher)
         self.control.barrier()
@@ -122,17 +157,22 @@ class Processes:
         if self._wiring is None:
             return None, None
         hears, tells = self._wiring.batch_lane(lane)
-        return None if self.is_at_an_end else hears, None if self.rank <= 1 else tells
+        return None if self.is_at_an_end else hears, None if self._place <= 1 else tells
 
     @property
     def is_at_an_end(self) -> bool:
         """Whether this rank holds the first stage or the last one."""
-        return self.rank in (0, self.num_ranks - 1)
+        return self._place in (0, len(self.held) - 1)
+
+    @property
+    def _place(self) -> int:
+        """Of this rank among those of its pipeline."""
+        return self.rank % len(self.held)
 
     @property
     def stages_between(self) -> frozenset[int]:
         """The stages of all other ranks."""
-        return frozenset(stage for rank in range(1, self.num_ranks - 1) for stage in stages_of(rank, self.held))
+        return frozenset(stage for rank in range(1, len(self.held) - 1) for stage in stages_of(rank, self.held))
 
     def fail(self, error: BaseException, where: str, children: Sequence[subprocess.Popen[bytes]]) -> None:
         """This rank can't go on: find out, or say, what the first cause was.
@@ -180,17 +220,24 @@ class Processes:
 
         On NCCL, ending a group could wait for the messages that never come; there, only the sockets are closed.
         """
-        if self._wiring is None:
+        if self.num_ranks == 1:
             return
+        connected = [each for each in (self._wiring, self.counterparts) if each is not None]
+        for each in connected:
+            each.abandon() if self._backend == "gloo" else each.disconnect()
         if self._backend == "gloo":
-            self._wiring.abandon()
             dist.destroy_process_group()
-        else:
-            self._wiring.disconnect()
 
 
-def _let_go_of(wiring: Wiring | None, control: Control, ending: Ending) -> None:
-    if wiring is not None:
-        wiring.close()
+def named_stages(rank: int, held: Held, num_replicas: int) -> str:
+    """The stages that a rank holds, in words; with those of other pipelines, also which one it belongs to."""
+    words = stages_in_words(stages_of(rank, held))
+    return words if num_replicas == 1 else f"{words} of pipeline {rank // len(held)}"
+
+
+def _let_go_of(wiring: Wiring | None, counterparts: Counterparts | None, control: Control, ending: Ending) -> None:
+    for each in (wiring, counterparts):
+        if each is not None:
+            each.close()
     control.close()
     ending.call_off()

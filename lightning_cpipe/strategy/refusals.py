@@ -69,8 +69,6 @@ def refuse_broadcast(*_: object, **__: object) -> NoReturn:
 
 def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> Iterator[str]:
     """What the strategy's own arguments show."""
-    if asked.data_parallel_size != 1:
-        yield f"data_parallel_size={asked.data_parallel_size}: one pipeline for now. {LATER}"
     if isinstance(asked.num_stages, int) and asked.num_stages < 1:
         yield f"num_stages={asked.num_stages}: the least is 1."
     elif asked.num_stages != "auto" and asked.num_stages % num_ranks:
@@ -147,6 +145,31 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
         yield f"timeout={asked.timeout:g}: it is in seconds, and must be more than 0."
 
 
+def reasons_in_replicas(asked: Options, num_processes: int, module: pl.LightningModule) -> Iterator[str]:
+    """Why there can't be so many pipelines side by side."""
+    size = asked.data_parallel_size
+    if size < 1:
+        yield f"data_parallel_size={size}: the least is 1."
+    elif num_processes % size:
+        yield (
+            f"data_parallel_size={size} with {num_processes} devices: each pipeline has as many as the others. Set"
+            f" `devices` times `num_nodes` to a multiple of {size}."
+        )
+    if size <= 1:
+        return
+    if asked.num_stages == 1 or (asked.num_stages == "auto" and num_processes == size):
+        yield (
+            f"data_parallel_size={size} with one stage: without a pipeline that is plain data parallelism. Use"
+            " strategy='ddp', or more devices or stages."
+        )
+    sparse = [name for name, each in module.named_modules() if getattr(each, "sparse", False) is True]
+    if sparse:
+        yield (
+            f"data_parallel_size={size} with sparse gradients ({', '.join(sparse)}): pipelines average dense ones. Make"
+            " the embedding with `sparse=False`."
+        )
+
+
 def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stages: int) -> Iterator[str]:
     """Why a pipeline of these sizes can't run the plan of a user; the schedules of this package are tested."""
     words, m = in_words(asked), asked.num_microbatches
@@ -187,8 +210,8 @@ def reasons_in_trainer(
     """What the trainer's flags and the module's class show, before any process is started."""
     if layer_sync is not None:
         yield (
-            "Trainer(sync_batchnorm=True): every stage sees the whole mini-batch, so there is nothing to synchronise."
-            " Leave it out."
+            "Trainer(sync_batchnorm=True): every stage sees the whole mini-batch of its pipeline, so there is"
+            " nothing to synchronise in one; pipelines side by side keep statistics of their own. Leave it out."
         )
     precision = trainer.precision_plugin
     if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":

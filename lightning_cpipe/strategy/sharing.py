@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_cpipe.engine.decisions import Decisions
+from lightning_cpipe.engine.pipelines import Pipelines
 from lightning_cpipe.engine.timeline import WAIT_DECISION, WAIT_EVALUATION, Timeline
 from lightning_cpipe.strategy.lightning_private import (
     follow_plan,
@@ -138,8 +139,8 @@ class Sharing(ABC):
 
     def returned(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What an evaluation returns: hooks that the last stage alone runs may have logged at its end."""
-        told = self.agree("returned", [_numbers(each) for each in outputs] if self.leads else None)
-        return outputs if self.leads else [_tensors(each) for each in told]
+        told = self.agree("returned", [numbers_of(each) for each in outputs] if self.leads else None)
+        return outputs if self.leads else [tensors_of(each) for each in told]
 
     @abstractmethod
     def agree(self, topic: str, content: Any) -> Any:
@@ -147,12 +148,22 @@ class Sharing(ABC):
 
 
 class Speaker(Sharing):
-    """The last stage's share. Nothing here waits."""
+    """The last stage's share; of pipelines side by side, the first one's. Nothing here waits.
+
+    Args:
+        trainer: see `Sharing`.
+        decisions: see `Sharing`.
+        signals: see `Sharing`.
+        pipelines: the row of those side by side, if there are several.
+    """
 
     leads = True
 
-    def __init__(self, trainer: pl.Trainer, decisions: Decisions, signals: Signals) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, decisions: Decisions, signals: Signals, pipelines: Pipelines | None = None
+    ) -> None:
         super().__init__(trainer, decisions, signals)
+        self._pipelines = pipelines
         self._told: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._loss: Tensor | None = None
         self._not_finite = NotFinite(trainer)
@@ -186,15 +197,20 @@ class Speaker(Sharing):
 
     @override
     def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
-        self.agree("loader", _numbers(outputs[-1]))
+        self.agree("loader", numbers_of(outputs[-1]))
         # The hooks at the end of the evaluation's epoch may read them, before they log any themselves.
         self.metrics("loader's metrics")
 
     @override
     def agree(self, topic: str, content: Any) -> Any:
         self.before_collective()
-        self._decisions.tell(topic, content)
+        self._tell(topic, content)
         return content
+
+    def _tell(self, topic: str, content: Any) -> None:
+        self._decisions.tell(topic, content)
+        if self._pipelines is not None:
+            self._pipelines.words.tell(topic, content)
 
     def _say(self, topic: str, *, more: bool = False) -> None:
         callback, logged = (
@@ -217,7 +233,7 @@ class Speaker(Sharing):
             plan_timed_validation(self._trainer),
             more,
         )
-        self._decisions.tell(topic, tuple(word))
+        self._tell(topic, tuple(word))
 
 
 class Listener(Sharing):
@@ -261,19 +277,22 @@ class Listener(Sharing):
 
     @override
     def evaluation_of_loader(self, outputs: list[dict[str, Any]]) -> None:
-        outputs[-1] = _tensors(self.agree("loader", None))
+        outputs[-1] = tensors_of(self.agree("loader", None))
         self.metrics("loader's metrics")
 
     @override
     def agree(self, topic: str, content: Any) -> Any:
+        return self._hear(topic)
+
+    def _hear(self, topic: str) -> Any:
         # What an evaluation takes is shown apart.
         kind = WAIT_DECISION if self._trainer.training else WAIT_EVALUATION
         with self._timeline.measure(kind, self._timeline.batch):
             return self._decisions.hear(topic)
 
     def _listen(self, topic: str) -> Word:
-        word = Word(*self.agree(topic, None))
-        learn_metrics(self._trainer, _tensors(word.callback), _tensors(word.logged))
+        word = Word(*self._hear(topic))
+        learn_metrics(self._trainer, tensors_of(word.callback), tensors_of(word.logged))
         return word
 
     def _obey(self, word: Word) -> None:
@@ -319,16 +338,8 @@ class Alone(Sharing):
         return content
 
 
-def share(trainer: pl.Trainer, decisions: Decisions, signals: Signals, timeline: Timeline) -> Sharing:
-    """This rank's share."""
-    if decisions.is_alone:
-        return Alone(trainer, decisions, signals)
-    if decisions.leads:
-        return Speaker(trainer, decisions, signals)
-    return Listener(trainer, decisions, signals, timeline)
-
-
-def _numbers(metrics: dict[str, Tensor]) -> Numbers:
+def numbers_of(metrics: dict[str, Tensor]) -> Numbers:
+    """Metrics as numbers."""
     (numbers,) = _in_numbers(metrics)
     return numbers
 
@@ -348,7 +359,8 @@ def _fetched(scalars: Sequence[Tensor | float]) -> list[float]:
     return [next(fetched) if isinstance(each, Tensor) and each.is_cuda else float(each) for each in scalars]
 
 
-def _tensors(numbers: Numbers) -> dict[str, Tensor]:
+def tensors_of(numbers: Numbers) -> dict[str, Tensor]:
+    """Numbers as metrics, again."""
     return {name: _tensor(number) for name, number in numbers.items()}
 
 

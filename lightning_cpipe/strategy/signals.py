@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_cpipe.engine.news import News
+from lightning_cpipe.engine.pipelines import Pipelines
 from lightning_cpipe.strategy.lightning_private import save_and_requeue, set_received_sigterm
 
 
@@ -59,6 +60,11 @@ class Signals:
         """Let what is asked for here travel with the news, and be heard with what the ranks before ask for."""
         news.asks = lambda: self.asked
         self.heard = lambda: news.asked
+
+    def heard_beyond(self, pipelines: Pipelines) -> None:
+        """Let what is asked for in this pipeline reach the first one, and be heard with what those after it ask for."""
+        heard = self.heard
+        self.heard = lambda: pipelines.pass_on(heard())
 
     def ask(self, request: Request, *, at_once: bool) -> None:
         """A signal was received; `at_once` if there is nobody to agree with, or nothing that must come to rest."""

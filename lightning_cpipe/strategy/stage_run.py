@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_cpipe.engine.averaging import Averaging
 from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.evaluation import EvaluationStream
 from lightning_cpipe.engine.mini_batch import MiniBatch, Slices, Source
 from lightning_cpipe.engine.neighbours import Neighbours
 from lightning_cpipe.engine.partial_sums import PartialSums
+from lightning_cpipe.engine.pipelines import Pipelines
 from lightning_cpipe.engine.stage_stream import STEP, StageStream
 from lightning_cpipe.engine.ties import Ties
 from lightning_cpipe.engine.timeline import WAIT_GRADIENT, Timeline
@@ -22,6 +25,7 @@ from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.snapshots import Snapshots
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.stage.versions import Versions
+from lightning_cpipe.transport.counterparts import Counterparts
 from lightning_cpipe.transport.wiring import Lanes
 from lightning_cpipe.tree import TensorSpec
 
@@ -34,6 +38,7 @@ class StageRun:
     Attributes:
         modules: the stages, in order.
         decisions: the rank's part in the chain of what the last stage decides, from rank to rank.
+        pipelines: the last stage's part in what pipelines side by side tell each other; None elsewhere.
         evaluations: the streams of the steps that do not train, of each stage in order, by name.
     """
 
@@ -45,8 +50,11 @@ class StageRun:
         device: torch.device,
         *,
         hands_on: bool,
+        counterparts: Counterparts | None = None,
     ) -> None:
         self.modules = modules
+        self._counterparts = counterparts
+        self.pipelines = Pipelines(counterparts) if counterparts is not None and modules[-1].is_last else None
         self._decisions = [
             Decisions(each.records_in.get("decisions"), each.records_out.get("decisions"), hands_on=hands_on)
             for each in lanes
@@ -141,12 +149,32 @@ class StageRun:
         for stream in streams if keep else ():
             stream.snapshots = Snapshots(last.root, self.cut, stream.stage)
         timeline = self._timelines[last.stage]
-        self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices, told)
+        averaging = self._averaging(versions, ties)
+        self._training = TrainingStream(streams, schedule, last.num_stages, timeline, ties, slices, told, averaging)
         return self._training
 
+    def _averaging(self, versions: Sequence[Versions], ties: Ties) -> Averaging | None:
+        """Over the counterparts of this rank, if there are any."""
+        if self._counterparts is None:
+            return None
+        copies = set(map(id, ties.copies))
+        # A backward begins with the last stage, and with what a stage ends with.
+        backwards = [each for own in reversed(versions) for each in reversed(own.named.values())]
+        averaged = [each for each in backwards if id(each) not in copies]
+        return Averaging(averaged, ties.added_to, self._counterparts.start_sum, self._counterparts.num_replicas)
+
     def agree_to_leave_out(self, number: int, has_no_loss: bool) -> bool:
-        """Whether mini-batch `number`, which is backwarded next, has no loss; the last stage knows."""
+        """Whether mini-batch `number`, which is backwarded next, has no loss; the last stage knows.
+
+        Raises:
+            MisconfigurationException: if it has none, and pipelines side by side average its gradient.
+        """
         training = self.training
+        if has_no_loss and self.pipelines is not None:
+            raise MisconfigurationException(
+                f"`training_step` returned None for mini-batch {number}: with data_parallel_size > 1 the pipelines"
+                " beside this one wait for its gradient. Return a loss that is zero times something of the model."
+            )
         if self.decisions.leads:
             self.decisions.tell(LEAVE_OUT, has_no_loss)
         else:
@@ -173,7 +201,12 @@ class StageRun:
 
     def close(self) -> None:
         """Take all lanes to their end and leave the module as it was, weights excepted."""
-        ends: list[Decisions | Neighbours] = [*self._decisions, *self._training_lanes, *self._evaluation_lanes]
+        ends: list[Decisions | Neighbours | Pipelines] = [
+            *self._decisions,
+            *self._training_lanes,
+            *self._evaluation_lanes,
+            *([] if self.pipelines is None else [self.pipelines]),
+        ]
         for each in ends:
             each.tell_last()
         for each in ends:

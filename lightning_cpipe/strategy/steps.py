@@ -163,7 +163,7 @@ class Steps:
             return loss, run
 
         self._run.training.last.of_loss = of_loss if self._run.has_last else None
-        self._run.training.backward(self._at.number)
+        self._run.training.backward(self._at.number, before_update=updates_after_this_batch(self._trainer))
         # It holds the loss, and with it whatever its graph keeps.
         self._run.training.last.of_loss = None
         if sliced and self._run.has_last:

@@ -36,7 +36,6 @@ from lightning_cpipe.probe.probe import Check
 from lightning_cpipe.schedules.action import Action
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.given import Given
-from lightning_cpipe.schedules.placement import in_words as stages_in_words
 from lightning_cpipe.schedules.placement import stages_of
 from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.schedules.schedule import Schedule
@@ -64,19 +63,21 @@ from lightning_cpipe.strategy.lightning_private import (
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
-from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.processes import Processes, named_stages
 from lightning_cpipe.strategy.refusals import (
     reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
     reasons_in_plan,
+    reasons_in_replicas,
     reasons_in_trainer,
     refuse,
     refuse_broadcast,
 )
+from lightning_cpipe.strategy.relaying import share
+from lightning_cpipe.strategy.replicas import gathered, reduced, seed_of_replica
 from lightning_cpipe.strategy.run_at_hand import RunAtHand
 from lightning_cpipe.strategy.scheduling import schedule_of, sized
-from lightning_cpipe.strategy.sharing import share
 from lightning_cpipe.strategy.signals import Request, Signals
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
@@ -108,7 +109,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         num_stages: stages of the pipeline; ``auto`` for one per device, two for ``interleaved``, or as many as a given
             plan has. A multiple of the devices lets each hold several, with the same numbers; with ``devices=1`` that
             is a rehearsal of the whole pipeline.
-        data_parallel_size: pipelines side by side; 1 for now.
+        data_parallel_size: pipelines side by side, each with its share of the devices and of the data; they average
+            their gradients before every update.
         schedule: who does what, when. ``continuous``: whole mini-batches, and no flush. ``gpipe``, ``1f1b``,
             ``interleaved`` and ``zb``: the micro-batches of one mini-batch, then one update of all stages, as plain
             Lightning makes it; ``interleaved`` puts stages on a device that are not neighbours, and ``zb`` splits
@@ -247,8 +249,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @property
     def num_ranks(self) -> int:
-        """Processes of the pipeline."""
-        return self.num_processes * self.num_nodes
+        """Processes of a pipeline."""
+        return max(1, self.num_processes * self.num_nodes // max(1, self.num_replicas))
+
+    @property
+    def num_replicas(self) -> int:
+        """Pipelines side by side."""
+        return self._options.data_parallel_size
+
+    @property
+    def replica(self) -> int:
+        """The pipeline that this rank belongs to; code that splits data itself goes by it."""
+        return self.global_rank // self.num_ranks
 
     @property
     def num_stages(self) -> int:
@@ -269,7 +281,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     def named_stages_of(self, rank: int) -> str:
         """The stages that a rank holds, in words; rank 0 holds the last one."""
-        return stages_in_words(stages_of(rank, self._held))
+        return named_stages(rank, self._held, self.num_replicas)
 
     @property
     def _held(self) -> Held:
@@ -327,12 +339,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def is_distributed(self) -> bool:
         """Whether Lightning should split the data between ranks: the stages of one pipeline all see the same."""
-        return self._options.data_parallel_size > 1
+        return self.num_replicas > 1
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": 1, "rank": 0}
+        return {"num_replicas": self.num_replicas, "rank": self.replica}
 
     def set_world_ranks(self) -> None:
         """Tell Lightning which rank this is."""
@@ -361,12 +373,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if self.num_stages > self.num_ranks and not isinstance(self._schedule, Given):
             rank_zero_info(
                 f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
-                f" Set `devices={self.num_stages}` for a process each; the numbers are the same."
+                f" Set `devices={self.num_stages * self.num_replicas}` for a process each; the numbers are the same."
             )
 
     def _refuse(self, trainer: pl.Trainer, num_ranks: int, num_stages: int) -> None:
         reasons = [
             *reasons_in_options(self._options, num_ranks, self.root_device),
+            *reasons_in_replicas(self._options, self.num_processes * self.num_nodes, trainer.lightning_module),
             *reasons_in_plan(self._options, self.schedule, num_ranks, num_stages),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages),
             *reasons_in_accumulation(trainer, self._schedule, num_stages),
@@ -380,7 +393,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         signals = self._signals = Signals(model.trainer)
         take_over_signals(
             model.trainer,
-            on_sigterm=lambda: signals.ask(Request.TERMINATE, at_once=self.num_ranks == 1 or not self._streaming),
+            on_sigterm=lambda: signals.ask(Request.TERMINATE, at_once=self.world_size == 1 or not self._streaming),
             on_requeue=lambda: signals.ask(Request.REQUEUE, at_once=False),
         )
 
@@ -391,7 +404,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         if self._processes is None:
             self._processes = Processes(
-                self.cluster_environment, self._held, self.root_device, self._options.process_group_backend
+                self.cluster_environment,
+                self._held,
+                self.root_device,
+                self._options.process_group_backend,
+                self.num_replicas,
             )
             if self._options.load_on == "ends":
                 self._hearsay = Hearsay(*self._processes.batch_lane("batches"))
@@ -400,7 +417,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         # What is drawn while data and module are set up is the same on all ranks, seeded or not.
         set_state(self._processes.control.share(get_state()))
         seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        self._seed = self._processes.control.share(seed)
+        self._seed = seed_of_replica(self._processes.control.share(seed), self.replica)
 
     @contextmanager
     @override
@@ -476,14 +493,22 @@ class ContinuousPipeStrategy(ParallelStrategy):
         lanes = self.processes.lanes(room_on_lanes(ahead), links)
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
         # What is decided goes from each rank's last stages to those of the next one, until all have heard.
-        hands_on = self.global_rank < self.num_ranks - 1
-        stage_run = StageRun(modules, lanes, self.timelines, self.root_device, hands_on=hands_on)
+        hands_on = self.global_rank % self.num_ranks < self.num_ranks - 1
+        stage_run = StageRun(
+            modules,
+            lanes,
+            self.timelines,
+            self.root_device,
+            hands_on=hands_on,
+            counterparts=self.processes.counterparts,
+        )
         steps = Steps(trainer, stage_run, self._seed, self.root_device, self.loads_data)
         assert self._signals is not None
-        sharing = share(trainer, stage_run.decisions, self._signals, self.timeline)
+        sharing = share(trainer, stage_run.decisions, self._signals, self.timeline, stage_run.pipelines)
         view, undo = view_of_hooks(), list[Callable[[], None]]()
         if whole is not None:
-            undo += arrange_hooks(trainer, module, cut, sharing, view) + show_stages(trainer, module, cut, self.stages)
+            undo += arrange_hooks(trainer, module, cut, sharing, view, self.processes)
+            undo += show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
         keeps = self._options.exact_resume and fitting
         exact = ExactResume(trainer, stage_run, steps, schedule) if keeps else None
@@ -495,9 +520,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
             if whole is not None and schedule.streams:
                 self._norms = InTime(self._options.clip, module, cut, training)
             elif whole is not None:
-                self._norms = Exact(whole, self.processes.control)
+                self._norms = Exact(whole, self.processes)
             undo += [] if whole is None else [self._norms.take_over(self.precision_plugin)]
             self._signals.heard_through(training.last.news)
+            if stage_run.pipelines is not None:
+                self._signals.heard_beyond(stage_run.pipelines)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -574,7 +601,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def obeying_signals(self) -> AbstractContextManager[None]:
         """A fit runs inside, which signals may end."""
         assert self._signals is not None
-        return self._signals.obeyed(several=self.num_ranks > 1)
+        return self._signals.obeyed(several=self.world_size > 1)
 
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
@@ -625,7 +652,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if not self.loads_data:
             return Unread(dataloader)
         # Lightning would seed the workers by the rank next, unless they are seeded already.
-        seed_workers(dataloader, rank=0)
+        seed_workers(dataloader, rank=self.replica)
         return super().process_dataloader(dataloader)
 
     @override
@@ -712,13 +739,13 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Nothing to reduce: the ranks of one pipeline hold parts of the same work."""
-        return tensor
+        """Over the ranks with the same stages of other pipelines; those of one pipeline hold parts of the same work."""
+        return reduced(tensor, reduce_op, self.processes.counterparts)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Nothing to gather: the ranks of one pipeline hold parts of the same work."""
-        return tensor
+        """From the ranks with the same stages of other pipelines; those of one pipeline hold parts of the same work."""
+        return gathered(tensor, self.processes.counterparts, sync_grads=sync_grads)
 
     # ---- checkpoints ----
 
@@ -871,12 +898,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return self.stage_run.cut.forward_flops * self._options.num_microbatches
 
     def collect_timelines(self) -> dict[int, tuple[list[Span], StageFigures]]:
-        """On rank 0, spans and figures of all stages; all ranks must call it, and training must have ended."""
+        """On rank 0, spans and figures of all stages, of several pipelines the first one's.
+
+        All ranks must call it, and training must have ended.
+        """
         mine: dict[int, tuple[list[Span], StageFigures]] = {}
         for stage, timeline in self.timelines.items():
             timeline.settle()
             mine[stage] = timeline.spans, self.stage_run.training.stages[stage].news.books.figures()
-        return {stage: each for theirs in self.processes.control.collect(mine) for stage, each in theirs.items()}
+        return {stage: each for theirs in self.processes.collect(lambda: mine) for stage, each in theirs.items()}
 
     # ---- the end ----
 

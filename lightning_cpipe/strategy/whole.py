@@ -61,6 +61,7 @@ class Whole:
         self._optimizers = list(optimizers)
         self._cut = cut
         self._stages = processes.stages
+        self._processes = processes
         self._control = processes.control
         self._held = processes.held
         self.averages = averages
@@ -94,7 +95,7 @@ class Whole:
     def optimizer_state(self, optimizer: Optimizer) -> State:
         """On rank 0, that of the whole module's optimizer, and of its own part elsewhere; all ranks must call it."""
         own, order = optimizer.state_dict(), self._orders[self._optimizers.index(optimizer)]
-        everyones = self._control.collect(state_by_name(optimizer, self._names))
+        everyones = self._processes.collect(lambda: state_by_name(optimizer, self._names))
         return whole_optimizer_state(own, everyones, order) if everyones else own
 
     def placed(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
@@ -148,4 +149,4 @@ class Whole:
 
     def _collect_numbers(self) -> list[dict[str, Tensor]]:
         """On rank 0, the weights and buffers of all stages; copies."""
-        return self._control.collect(held_by(self._module, self._cut, *self._stages))
+        return self._processes.collect(lambda: held_by(self._module, self._cut, *self._stages))

@@ -3,6 +3,7 @@
 wiring        connects each stage with its neighbours, and hands out the ends
 edge          one end of a lane for tensors
 records       one end of a lane for small records
+counterparts  connects the ranks that hold the same stages of pipelines side by side
 within        lanes between two stages of one process
 connections   the sockets under the records
 control       all ranks together, before and after training streams

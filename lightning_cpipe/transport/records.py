@@ -38,6 +38,13 @@ class Records:
         except (OSError, EOFError) as error:
             raise self._lost() from error
 
+    def is_there(self) -> bool:
+        """Whether a record is there; does not wait."""
+        try:
+            return self._connection.poll()
+        except (OSError, EOFError) as error:
+            raise self._lost() from error
+
     def send_last(self) -> None:
         """Say that nothing more will come. Returns at once."""
         self.send(_NOTHING_MORE)

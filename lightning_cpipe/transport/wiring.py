@@ -106,6 +106,7 @@ class Wiring:
         device: where the stage computes.
         backend: of the lanes that carry tensors, ``gloo`` or ``nccl``.
         held: where a place has several stages, which they are, for each of `ranks`; links name them.
+        replicas: of each of the pipelines side by side, how much higher its ranks are than this one's.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class Wiring:
         device: torch.device,
         backend: str,
         held: Sequence[Sequence[int]] | None = None,
+        replicas: Sequence[int] = (0,),
     ) -> None:
         self._ranks = ranks
+        self._replicas = replicas
         held = held or [(each,) for each in range(len(ranks))]
         self._rank_of = {stage: rank for rank, stages in zip(ranks, held) for stage in stages}
         self._rank = ranks[place]
@@ -200,8 +203,11 @@ class Wiring:
         return lanes
 
     def _new_group(self, a: int, b: int) -> dist.ProcessGroup:
-        made: dist.ProcessGroup = dist.new_group([a, b], timeout=NEVER, backend=self._backend)
-        return made
+        """The group of two ranks; every process takes part in making that of every pipeline."""
+        made: dict[int, dist.ProcessGroup] = {
+            more: dist.new_group([a + more, b + more], timeout=NEVER, backend=self._backend) for more in self._replicas
+        }
+        return made[0]
 
     def _connected(self, links: Iterable[Link]) -> list[Link]:
         """Connect these, unless they are already; those that this process belongs to."""

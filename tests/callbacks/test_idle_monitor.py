@@ -123,7 +123,7 @@ def logged(*moments: dict[int, StageFigures]) -> list[dict[str, float]]:
     """What the monitor makes of these figures of all stages."""
     notes, monitor = Notes(), IdleMonitor(every_n_steps=1)
     promised = {"promised_delay": lambda stage: 1 - stage, "promised_evaluation_idle_slots": 2}
-    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, schedule=Continuous(), **promised)
+    strategy = Mock(spec=ContinuousPipeStrategy, num_stages=2, num_replicas=1, schedule=Continuous(), **promised)
     trainer = Mock(strategy=strategy, loggers=[notes], is_global_zero=True, global_step=0)
     trainer.fit_loop.total_batch_idx = 0
     for moment in moments:

@@ -225,7 +225,12 @@ def test_utilization_is_of_the_peak_of_all_stages_at_the_precision_that_is_compu
     monkeypatch.setattr(throughput_monitor, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     notes, monitor = Notes(), ThroughputMonitor(2, every_n_steps=1)
     strategy = Mock(
-        spec=ContinuousPipeStrategy, root_device=torch.device("cuda", 0), num_ranks=2, forward_flops=10, precision=None
+        spec=ContinuousPipeStrategy,
+        root_device=torch.device("cuda", 0),
+        num_ranks=2,
+        num_replicas=1,
+        forward_flops=10,
+        precision=None,
     )
     trainer = Mock(strategy=strategy, loggers=[notes], precision=precision, is_global_zero=True, global_step=0)
     module = Chain().bfloat16() if precision == "bf16-true" else Chain()

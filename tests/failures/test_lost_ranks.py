@@ -46,3 +46,15 @@ def test_a_lost_rank_ends_all_and_is_named_last(run: Run, launcher: str, p: int,
     assert set(ended.causes) == {ended.cause}
     assert ended.err.count("Traceback") == TRACEBACKS[launcher] + (kind == "raise")
     assert not [echo for echo in ECHOES if echo in ended.err]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("launcher", "rank", "kind"), [("fork", 3, "kill"), ("popen", 2, "raise"), ("torchrun", 1, "kill")]
+)
+def test_a_lost_rank_of_one_pipeline_ends_those_beside_it(run: Run, launcher: str, rank: int, kind: str) -> None:
+    ended = run(launcher, 4, fault={"kind": kind, "rank": rank}, epochs=-1, pipelines=2)
+    assert ended.status != 0
+    assert ended.seconds < ENDS_WITHIN_S
+    assert ended.cause == f"stage {1 - rank % 2} of pipeline {rank // 2} (rank {rank}) failed: {TOLD[kind]}"
+    assert set(ended.causes) == {ended.cause}

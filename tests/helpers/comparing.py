@@ -19,6 +19,7 @@ from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed
+from lightning_cpipe.strategy.replicas import seed_of_replica
 from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import make_optimizer, noise_loader
 from tests.helpers.reference import ByNorm, train_delayed
@@ -88,6 +89,8 @@ def require_equal_to_reference(
     devices: int | None = None,
     clip: ByNorm | None = None,
     options: dict[str, Any] | None = None,
+    replicas: int = 1,
+    nodes: int = 1,
     **strategy: Any,
 ) -> list[Seen]:
     """The loss of every step and the final weights and buffers are those of training with delayed gradients.
@@ -102,6 +105,8 @@ def require_equal_to_reference(
         devices: processes; None for one per stage.
         clip: how gradients are clipped.
         options: further ones of the Trainer.
+        replicas: pipelines side by side. Their mean gradient is that of the mean of their losses, to the bit for two.
+        nodes: machines that they are spread over.
         strategy: options of the strategy.
 
     Returns:
@@ -111,8 +116,9 @@ def require_equal_to_reference(
         p,
         module,
         train,
-        devices=devices,
-        strategy=strategy if clip is None else {**strategy, "clip": clip.how},
+        devices=devices or replicas * p,
+        nodes=nodes,
+        strategy={**strategy, "data_parallel_size": replicas, **({} if clip is None else {"clip": clip.how})},
         callbacks=lambda: [Witness()],
         look=look,
         seed=SEED,
@@ -121,25 +127,42 @@ def require_equal_to_reference(
         gradient_clip_val=None if clip is None else clip.largest,
         **(options := options or {}),
     )
-    seen = ranks[0]
+    lasts = ranks[:: len(ranks) // replicas]
+    seen = lasts[0]
     whole = TrainingStep(module(), options.get("precision", "32-true"))
     per_epoch = len(seen.batches) // epochs
     stages, aliases = names_on_stages(whole, seen.found.cut, seen.batches[0])
-    losses = train_delayed(
+    losses: list[list[float]] = [[] for _ in lasts]
+
+    def mean_loss(net: Callable[..., Any], batches: tuple[int, list[Any]]) -> Tensor | None:
+        number, own = batches
+        found: list[Tensor] = []
+        for replica, batch in enumerate(own):
+            with random_numbers_of(whole.module, seen.found.cut, number, seed_of_replica(SEED, replica)):
+                if (loss := net(batch)) is None:
+                    return None
+            found.append(loss)
+            losses[replica].append(loss.item())
+        return found[0] if replicas == 1 else torch.stack(found).mean()
+
+    train_delayed(
         whole,
         stages,
-        [(batch, _updates_after(i % per_epoch, per_epoch, accumulate)) for i, batch in enumerate(seen.batches)],
-        lambda net, batch: net(batch),
+        [
+            ((i, batches), _updates_after(i % per_epoch, per_epoch, accumulate))
+            for i, batches in enumerate(zip(*(each.batches for each in lasts)))
+        ],
+        mean_loss,
         optimizer_of,
         accumulate,
         strategy.get("extra_in_flight", 0),
-        partial(random_numbers_of, whole.module, seen.found.cut),
-        aliases,
-        strategy.get("versions", "stash"),
+        aliases=aliases,
+        policy=strategy.get("versions", "stash"),
         **({} if clip is None else {"clip": clip}),
     )
-    # Lightning shows the loss divided by `accumulate`.
-    assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in losses] == seen.losses
+    for own, each in zip(losses, lasts):
+        # Lightning shows the loss divided by `accumulate`.
+        assert [float(torch.tensor(loss) / accumulate) * accumulate for loss in own] == each.losses
     require_same_bits(seen.weights, dict(whole.module.named_parameters()))
     require_same_bits(seen.found.buffers, dict(whole.module.named_buffers()))
     return ranks
@@ -217,12 +240,12 @@ class TrainingStep(nn.Module):
 
 
 @contextmanager
-def random_numbers_of(module: nn.Module, cut: Cut, batch: int) -> Iterator[None]:
+def random_numbers_of(module: nn.Module, cut: Cut, batch: int, seed: int = SEED) -> Iterator[None]:
     """The contract: a step starts from RNG(seed, j), and a module that draws from RNG(seed, j, module).
 
     A module that draws and is called more than once takes a number from the step's own generator, too.
     """
-    seed = derived_seed(SEED, "mini-batch", batch)
+    seed = derived_seed(seed, "mini-batch", batch)
     outer: list[Tensor] = []
 
     def before(name: str, *_: Any) -> None:

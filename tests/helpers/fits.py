@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ def fit_in_pipeline(
     val: Callable[[], Any] | None = None,
     *,
     devices: int | None = None,
+    nodes: int = 1,
     strategy: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Seen]:
@@ -109,6 +111,7 @@ def fit_in_pipeline(
         train: makes the training loader.
         val: makes the validation loader.
         devices: processes; None for one per stage.
+        nodes: machines that they are spread over, as torchrun tells its workers of them; all of them are this one.
         strategy: options of the strategy.
         options: see `fit_on_rank`.
 
@@ -118,9 +121,13 @@ def fit_in_pipeline(
 
     def on_rank(rank: int) -> Seen:
         chosen = ContinuousPipeStrategy(num_stages=stages, **(strategy or {}))
-        return fit_on_rank(module, train, val, strategy=chosen, devices=ranks, **options)
+        node, local_rank = divmod(rank, per_node)
+        told = {"GROUP_RANK": node, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": per_node}
+        os.environ.update({name: str(number) for name, number in told.items()})
+        return fit_on_rank(module, train, val, strategy=chosen, devices=per_node, num_nodes=nodes, **options)
 
     ranks = devices or stages
+    per_node = ranks // nodes
     return run_ranks(on_rank, ranks)
 
 

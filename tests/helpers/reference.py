@@ -10,7 +10,6 @@ another stage some mini-batches later, and both have the new weights when their 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,7 +27,6 @@ def train_delayed(
     optimizer_of: Callable[[list[nn.Parameter]], tuple[torch.optim.Optimizer, Any]],
     accumulate: int = 1,
     extra_in_flight: int = 0,
-    random_of: Callable[[int], Any] = lambda j: contextlib.nullcontext(),
     aliases: Mapping[str, str] | None = None,
     policy: str = "stash",
     clip: Callable[[list[list[torch.Tensor]]], None] = lambda gradients: None,
@@ -43,7 +41,6 @@ def train_delayed(
         optimizer_of: makes one stage's optimizer, and a scheduler that steps with it (or None).
         accumulate: divides the loss.
         extra_in_flight: multiplies the lag by one more than this.
-        random_of: the random scope of mini-batch j.
         aliases: further names that a stage uses for a parameter, with the name in `stages`.
         policy: which weights a mini-batch uses: ``stash``, ``latest``, ``vertical`` or ``2bw``.
         clip: clips the gradients of each stage in place, before every update.
@@ -71,8 +68,7 @@ def train_delayed(
         used = [versions[max(0, place)] for versions, place in zip(history, places)]
         weights = {name: weight.detach().clone().requires_grad_() for at in used for name, weight in at.items()}
         named = weights | {alias: weights[name] for alias, name in (aliases or {}).items()}
-        with random_of(j):
-            loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
+        loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
         losses += [] if loss is None else [loss.item()]
         if policy == "latest":
             # Into the memory that the forward read, so that whatever the graph kept of it reads the newest.

@@ -170,6 +170,8 @@ def fit(
     fault: dict[str, Any] | None = None,
     epochs: int = 1,
     timeout: float = 60.0,
+    pipelines: int = 1,
+    nodes: int = 1,
     **options: Any,
 ) -> pl.Trainer:
     """One run, with `options` for the module; with -1 `epochs` only the fault ends it."""
@@ -177,7 +179,8 @@ def fit(
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy=ContinuousPipeStrategy(start_method=launcher, timeout=timeout),
+        num_nodes=nodes,
+        strategy=ContinuousPipeStrategy(start_method=launcher, timeout=timeout, data_parallel_size=pipelines),
         max_epochs=epochs,
         callbacks=[] if strikes is None else [strikes],
         logger=False,

@@ -35,7 +35,9 @@ from tests.helpers.modules import Chain, noise_loader
 
 # What is refused; what the sentence says: the numbers, and what to do; whether a later version will do it.
 OPTIONS = [
-    ({"data_parallel_size": 2}, ["data_parallel_size=2", "one pipeline"], True),
+    ({"data_parallel_size": 0}, ["data_parallel_size=0", "the least is 1"], False),
+    ({"data_parallel_size": 3}, ["data_parallel_size=3 with 2 devices", "`devices`", "a multiple of 3"], False),
+    ({"data_parallel_size": 2}, ["data_parallel_size=2 with one stage", "strategy='ddp', or more devices"], False),
     ({"num_stages": 3}, ["num_stages=3 on 2 devices", "a multiple of 2", "`devices=1`"], False),
     ({"num_stages": 1}, ["num_stages=1 on 2 devices", "a divisor of it"], False),
     ({"num_stages": 0}, ["num_stages=0", "the least is 1"], False),
