@@ -6,6 +6,7 @@
     │   ├── AbsentWeightError  code of one stage used, or saved, a weight that lives on another stage
     │   └── LostNumbersError   a module can't be built in parts: one weight is made from another
     ├── WeightWrittenError     a weight changed while mini-batches in flight needed it as it was
+    ├── SaveError              a checkpoint could not be written
     ├── DataMismatchError      two ranks drew different mini-batches, or a shape changed unannounced
     └── RankLostError          another rank ended; carries the first cause
 
@@ -38,6 +39,10 @@ class LostNumbersError(CutError):
 
 class WeightWrittenError(CPipeError, RuntimeError):
     """A weight was written to outside the optimizer's step while mini-batches in flight needed it as it was."""
+
+
+class SaveError(CPipeError, RuntimeError):
+    """A checkpoint could not be written, or was not to be saved on all ranks. The message names the path."""
 
 
 class DataMismatchError(CPipeError):

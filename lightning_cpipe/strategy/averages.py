@@ -7,9 +7,7 @@ the whole module's, as in plain Lightning.
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,7 +17,8 @@ from torch import Tensor
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.view import View
-from lightning_cpipe.stage.weights import fill, held_by, keep_only, make_room, room_for_all, standing_in
+from lightning_cpipe.stage.weights import fill, keep_only, make_room, room_for_all, standing_in
+from lightning_cpipe.strategy.gathering import gather_numbers
 from lightning_cpipe.strategy.lightning_private import (
     Average,
     after_loading_average,
@@ -28,6 +27,7 @@ from lightning_cpipe.strategy.lightning_private import (
     instead_of,
 )
 from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.promised import Promised
 from lightning_cpipe.strategy.sharing import Sharing
 
 
@@ -45,7 +45,7 @@ class Averages:
         self._trainer = trainer
         self._module = module
         self._cut = cut
-        self._processes = processes
+        self._parcels = processes.parcels
         self._stages = processes.stages
         self._averages = averages_of(callbacks_of(trainer))
 
@@ -93,10 +93,13 @@ class Averages:
     def put_together(self) -> None:
         """Make the copies of rank 0 whole; all ranks must call it."""
         for average in self._averages:
-            if everyones := self._processes.collect(partial(held_by, average.copy, self._cut, *self._stages)):
+            numbers = self._gather(average)
+            if self._parcels.gathers:
                 make_room(average.copy)
-                for numbers in everyones:
-                    fill(average.copy, numbers)
+                fill(average.copy, numbers)
+
+    def _gather(self, average: Average) -> dict[str, Promised]:
+        return gather_numbers(self._parcels, "averages", average.copy, self._cut, self._stages)
 
     def _saving_whole(self, average: Average, view: View, sharing: Sharing) -> Callable[..., Any]:
         """On rank 0, which writes the file; the others bring their parts."""
@@ -104,12 +107,13 @@ class Averages:
 
         def save(*args: Any) -> Any:
             sharing.before_collective()
-            everyones = self._processes.collect(partial(held_by, average.copy, self._cut, *self._stages))
-            if not everyones:
-                return {}
             # A hook may save.
-            with view.of_all(), standing_in(average.copy, dict(ChainMap(*everyones))):
-                return lightnings(*args)
+            with view.of_all():
+                numbers = self._gather(average)
+                if not self._parcels.gathers:
+                    return {}
+                with standing_in(average.copy, numbers):
+                    return lightnings(*args)
 
         return save
 

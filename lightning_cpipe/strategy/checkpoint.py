@@ -6,7 +6,7 @@ the module is cut, and parts are joined by the names of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -67,15 +67,28 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> State:
     return on_cpu({names[id(parameter)]: state for parameter, state in optimizer.state.items()})
 
 
-def whole_optimizer_state(own: State, everyones: Sequence[State], order: GroupOrder) -> State:
-    """The state of the whole module's optimizer, out of the groups of one stage's and everyone's states by name."""
+def numbered(everyones: Sequence[State], order: GroupOrder) -> dict[int, Any]:
+    """The states of all stages' parameters by their numbers in the whole module's optimizer, from those by name."""
     numbers = order.numbers
-    state = {numbers[name]: value for part in everyones for name, value in part.items()}
+    return dict(sorted((numbers[name], value) for part in everyones for name, value in part.items()))
+
+
+def whole_optimizer_state(
+    own: State, state: MutableMapping[Any, Any], order: GroupOrder, called: Mapping[str, Any]
+) -> State:
+    """That of the whole module's optimizer.
+
+    Args:
+        own: one stage's, whose groups have the options of all.
+        state: of the parameters.
+        order: of their names.
+        called: what `state` calls them, by their names.
+    """
     groups = [
-        {**group, **given_names, "params": [numbers[name] for name in names]}
+        {**group, **given_names, "params": [called[name] for name in names]}
         for group, given_names, names in zip(own["param_groups"], order.given_names, order.groups)
     ]
-    return {"state": dict(sorted(state.items())), "param_groups": groups}
+    return {"state": state, "param_groups": groups}
 
 
 def own_optimizer_state(saved: State, optimizer: Optimizer, order: GroupOrder, names: Mapping[int, str]) -> State:

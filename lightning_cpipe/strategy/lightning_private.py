@@ -25,7 +25,13 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.distributed import _init_dist_connection as init_dist_connection
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed as set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
-from lightning.pytorch.callbacks import ModelSummary, RichModelSummary, StochasticWeightAveraging, ThroughputMonitor
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelSummary,
+    RichModelSummary,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+)
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher as DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -80,6 +86,7 @@ __all__ = [
     "logging_for",
     "optimizers_to_device",
     "overrule_metrics",
+    "parts_of_saving",
     "plan_timed_validation",
     "prepare_batch",
     "put_back_epoch_so_far",
@@ -600,6 +607,11 @@ def hide_advice_to_sync() -> Callable[[], None]:
     # What it looks at, and nothing else there does. A filter of warnings would not spare it for a later run: Lightning
     # gives each advice once.
     return instead_of(result, "_distributed_is_initialized", lambda: False)
+
+
+def parts_of_saving(callback: ModelCheckpoint) -> tuple[Callable[..., None], Callable[..., None]]:
+    """How a `ModelCheckpoint` saves a file and tells loggers of it, and how it links another name to a file."""
+    return callback._save_checkpoint, callback._link_checkpoint
 
 
 def instead_of(owner: Any, name: str, function: Callable[..., Any] | None) -> Callable[[], None]:

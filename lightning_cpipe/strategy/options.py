@@ -35,6 +35,8 @@ class Options:
     check: Check = "auto"
     looks: bool = True
     load_on: LoadOn = "all"
+    async_save: bool = False
+    save_distributed_checkpoint: bool = False
     timeout: float = 60.0
     process_group_backend: str | None = None
     start_method: StartMethod = "popen"

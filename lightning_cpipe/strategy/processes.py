@@ -21,12 +21,13 @@ from lightning_cpipe.schedules.placement import places_of, rank_of, stages_of
 from lightning_cpipe.schedules.plan import Held
 from lightning_cpipe.strategy.ending import Ending, in_words, wait_for
 from lightning_cpipe.strategy.lightning_private import default_backend_for, init_dist_connection
-from lightning_cpipe.transport.control import Content, Control
+from lightning_cpipe.transport.control import NEVER, Content, Control
 from lightning_cpipe.transport.counterparts import Counterparts
 from lightning_cpipe.transport.first_cause import ORPHANED, say, sentence_if_killed
 from lightning_cpipe.transport.last_words import LastWords
 from lightning_cpipe.transport.launched import Guard, launcher
 from lightning_cpipe.transport.liveness import Watch
+from lightning_cpipe.transport.parcels import Parcels
 from lightning_cpipe.transport.records import Records
 from lightning_cpipe.transport.wiring import BatchLane, Lanes, Link, Wiring
 
@@ -79,9 +80,13 @@ class Processes:
             self._wiring = Wiring(self.control, ranks, ranks.index(self.rank), device, self._backend, places, replicas)
         if num_replicas > 1:
             self.counterparts = Counterparts(self.control, self.rank, len(held), num_replicas, device, self._backend)
+        self.shards: dist.ProcessGroup | None = None
+        """Of the ranks of the first pipeline, for what they write together in the background."""
+        # Those of other pipelines hold the same weights, and send nothing.
+        self.parcels = Parcels(self.control, self.rank, len(held))
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(
-            self, _let_go_of, self._wiring, self.counterparts, self.control, self._ending
+            self, _let_go_of, self._wiring, self.counterparts, self.parcels, self.control, self._ending
         )
         self._letting_go.atexit = False
 
@@ -98,7 +103,7 @@ class Processes:
     def collect(self, of_rank: Callable[[], Content]) -> list[Content]:
         """On rank 0, what the ranks of the first pipeline have, in their order; an empty list elsewhere.
 
-        All ranks must call it. Those of other pipelines hold the same weights, and send nothing.
+        All ranks must call it. Those of other pipelines are not asked.
         """
         found: list[Any] = self.control.collect(of_rank() if self.replica == 0 else None)
         return self.of_pipeline(found, 0)
@@ -109,6 +114,11 @@ class Processes:
 
     def _named_stages(self, rank: int) -> str:
         return named_stages(rank, self.held, self.num_replicas)
+
+    def connect_shards(self) -> None:
+        """Make the group for what the first pipeline's ranks write together; all ranks must call it."""
+        if len(self.held) > 1 and self.shards is None:
+            self.shards = dist.new_group(list(range(len(self.held))), backend="gloo", timeout=NEVER)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -130,6 +140,7 @@ class Processes:
 
     def end(self) -> None:
         """All went well; returns once it did on every rank."""
+        self.parcels.rest()
         self.control.barrier()
         if self._watch is not None:
             self._watch.stop()
@@ -222,6 +233,7 @@ class Processes:
         """
         if self.num_ranks == 1:
             return
+        self.parcels.abandon()
         connected = [each for each in (self._wiring, self.counterparts) if each is not None]
         for each in connected:
             each.abandon() if self._backend == "gloo" else each.disconnect()
@@ -235,7 +247,10 @@ def named_stages(rank: int, held: Held, num_replicas: int) -> str:
     return words if num_replicas == 1 else f"{words} of pipeline {rank // len(held)}"
 
 
-def _let_go_of(wiring: Wiring | None, counterparts: Counterparts | None, control: Control, ending: Ending) -> None:
+def _let_go_of(
+    wiring: Wiring | None, counterparts: Counterparts | None, parcels: Parcels, control: Control, ending: Ending
+) -> None:
+    parcels.close()
     for each in (wiring, counterparts):
         if each is not None:
             each.close()

@@ -28,7 +28,7 @@ from lightning_cpipe.schedules.check import Fault, check
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES, STASH
 from lightning_cpipe.schedules.schedule import Schedule
-from lightning_cpipe.strategy.lightning_private import callbacks_of
+from lightning_cpipe.strategy.lightning_private import AVERAGING, callbacks_of
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options
 from lightning_cpipe.strategy.scheduling import in_words, schedule_of
 from lightning_cpipe.strategy.step_names import STEPS
@@ -65,6 +65,16 @@ def refuse_broadcast(*_: object, **__: object) -> NoReturn:
         "`broadcast` inside a step: the stages run the step of a mini-batch one after the other, so rank 0 would speak"
         " only when the others are past it. Broadcast in a hook, such as `on_train_batch_start`."
     )
+
+
+def reasons_in_saving(asked: Options, trainer: pl.Trainer) -> Iterator[str]:
+    """What a checkpoint in parts can't hold."""
+    averaging = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, AVERAGING)]
+    if asked.save_distributed_checkpoint and averaging:
+        yield (
+            f"save_distributed_checkpoint=True with {averaging[0]}: it saves the average as a whole. Leave one of them"
+            f" out. {LATER}"
+        )
 
 
 def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> Iterator[str]:

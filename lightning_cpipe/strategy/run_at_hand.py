@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lightning_cpipe.stage.view import View
 from lightning_cpipe.strategy.checkpoint import State
 from lightning_cpipe.strategy.exact_resume import ExactResume
+from lightning_cpipe.strategy.saves import Saves
 from lightning_cpipe.strategy.sharing import Sharing
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
@@ -24,6 +25,7 @@ class RunAtHand:
         sharing: its share in the talk of what the last stage logs and decides.
         whole: its share in the whole module; None where there is one stage.
         view: what the module shows of its parameters.
+        saves: the checkpoints that it still has to write.
         undo: leaves Lightning's objects as they were; called in reverse, each once.
         exact: its share in what a checkpoint keeps to be resumed exactly; None where that is not asked for.
     """
@@ -33,6 +35,7 @@ class RunAtHand:
     sharing: Sharing
     whole: Whole | None
     view: View
+    saves: Saves
     undo: list[Callable[[], None]]
     exact: ExactResume | None = None
 

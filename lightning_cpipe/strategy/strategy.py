@@ -62,14 +62,17 @@ from lightning_cpipe.strategy.lightning_private import (
 )
 from lightning_cpipe.strategy.loops import install_loops
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
+from lightning_cpipe.strategy.one_file import write_file
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
 from lightning_cpipe.strategy.processes import Processes, named_stages
+from lightning_cpipe.strategy.promised import PromisedState, as_it_is_now
 from lightning_cpipe.strategy.refusals import (
     reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
     reasons_in_plan,
     reasons_in_replicas,
+    reasons_in_saving,
     reasons_in_trainer,
     refuse,
     refuse_broadcast,
@@ -77,16 +80,23 @@ from lightning_cpipe.strategy.refusals import (
 from lightning_cpipe.strategy.relaying import share
 from lightning_cpipe.strategy.replicas import gathered, reduced, seed_of_replica
 from lightning_cpipe.strategy.run_at_hand import RunAtHand
+from lightning_cpipe.strategy.saves import Saves
 from lightning_cpipe.strategy.scheduling import schedule_of, sized
+from lightning_cpipe.strategy.sharded import is_sharded, read_shards, take_shard, write_shard
 from lightning_cpipe.strategy.signals import Request, Signals
 from lightning_cpipe.strategy.stage_run import StageRun
 from lightning_cpipe.strategy.steps import Steps
 from lightning_cpipe.strategy.summaries import show_stages
+from lightning_cpipe.strategy.unhurried import save_unhurried
 from lightning_cpipe.strategy.whole import Whole
 from lightning_cpipe.tree import flatten
 
 _CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)
 """Callbacks that change the plan when an epoch begins."""
+
+
+def _all(_: str) -> bool:
+    return True
 
 
 class ContinuousPipeStrategy(ParallelStrategy):
@@ -149,6 +159,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
             data module may ask `loads_data`, and spare a rank what is never read.
         looks: whether each stage looks again, before mini-batches 0, 1, 2, 4, 8, …, if the step begins to use what it
             does not receive. Without, what the first mini-batch shows is trusted.
+        async_save: whether nobody waits for the disk either: checkpoints are written in the background, and
+            `trainer.save_checkpoint` returns before the file is there. Without, rank 0 writes between two of its steps.
+        save_distributed_checkpoint: whether a checkpoint is a folder into which each rank writes its own part, rather
+            than one plain file. With one stage it is one file.
         timeout: seconds without a sign of life after which a rank counts as dead.
         process_group_backend: of the messages between stages; by default the device's own, gloo or nccl.
         start_method: how ranks are started: ``popen`` for scripts, ``spawn`` or ``fork`` elsewhere.
@@ -180,6 +194,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         check: Check = "auto",
         looks: bool = True,
         load_on: LoadOn = "all",
+        async_save: bool = False,
+        save_distributed_checkpoint: bool = False,
         timeout: float = 60.0,
         process_group_backend: str | None = None,
         start_method: StartMethod = "popen",
@@ -220,6 +236,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             check=check,
             looks=looks,
             load_on=load_on,
+            async_save=async_save,
+            save_distributed_checkpoint=save_distributed_checkpoint,
             timeout=timeout,
             process_group_backend=process_group_backend,
             start_method=start_method,
@@ -382,6 +400,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             *reasons_in_replicas(self._options, self.num_processes * self.num_nodes, trainer.lightning_module),
             *reasons_in_plan(self._options, self.schedule, num_ranks, num_stages),
             *reasons_in_trainer(trainer, trainer.lightning_module, self._layer_sync, num_stages),
+            *reasons_in_saving(self._options, trainer),
             *reasons_in_accumulation(trainer, self._schedule, num_stages),
         ]
         refuse(reasons)
@@ -413,6 +432,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             if self._options.load_on == "ends":
                 self._hearsay = Hearsay(*self._processes.batch_lane("batches"))
                 self._hearsay_of_evaluations = Hearsay(*self._processes.batch_lane("eval_batches"))
+        if self._shards:
+            self._processes.connect_shards()
         self._processes.begin(self._options.timeout, self.words_folder)
         # What is drawn while data and module are set up is the same on all ranks, seeded or not.
         set_state(self._processes.control.share(get_state()))
@@ -512,7 +533,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
         keeps = self._options.exact_resume and fitting
         exact = ExactResume(trainer, stage_run, steps, schedule) if keeps else None
-        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, undo, exact)
+        parcels = self.processes.parcels
+        # Of a save: weights, optimizer's state, what is in flight, and on rank 0 the file. It may be ahead of the first
+        # stage, and save in each of its steps.
+        of_a_save = (1 if self._shards else 3 if self.is_global_zero else 2) + keeps
+        ahead_of_first = schedule.lag(0, self.num_stages) - schedule.lag(self.stage, self.num_stages)
+        parcels.most = of_a_save * (2 + ahead_of_first)
+        write = partial(write_file, self.checkpoint_io)
+        saves = Saves(parcels, write, in_background=self._options.async_save)
+        if fitting and self.is_global_zero:
+            undo += save_unhurried(trainer, saves)
+        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, saves, undo, exact)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
             training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
@@ -580,9 +611,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
             exact.begin_stream()
 
     def end_stream(self) -> None:
-        """Training ends: bring what is in flight to rest."""
+        """Training ends: bring what is in flight to rest, and let hooks at the end find all checkpoints."""
         self.stage_run.settle()
         self._hearsay.settle()
+        self.at_hand.saves.finish()
+        self.processes.control.barrier()
         self._streaming = False
 
     def after_step(self, output: dict[str, Any]) -> dict[str, Any]:
@@ -592,11 +625,14 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def after_step_hooks(self) -> None:
         """A local step's hooks are done: agree on whether to stop."""
         self.at_hand.sharing.after_step_hooks()
+        self.at_hand.saves.proceed()
 
     def after_whole_step(self) -> None:
         """A local step and what follows it are done: do what signals asked for."""
         assert self._signals is not None
-        self._signals.act()
+        # What is saved for a job that is requeued must be there before it is.
+        with self.at_hand.saves.hurried():
+            self._signals.act()
 
     def obeying_signals(self) -> AbstractContextManager[None]:
         """A fit runs inside, which signals may end."""
@@ -755,45 +791,72 @@ class ContinuousPipeStrategy(ParallelStrategy):
         return True
 
     @property
+    def _shards(self) -> bool:
+        return self._options.save_distributed_checkpoint
+
+    @property
     def _taken_apart(self) -> Whole | None:
         """This rank's share in the whole, where the whole is in parts that can be put together."""
         return None if self._at_hand is None or self._is_broken else self._at_hand.whole
 
     @override
     def lightning_module_state_dict(self) -> State:
-        """On rank 0, that of the whole module, before any hook sees it; all ranks must call it, as Lightning does."""
+        """On rank 0, that of the whole module, some of it promised; all ranks must call it, as Lightning does."""
         if (whole := self._taken_apart) is None:
             return super().lightning_module_state_dict()
         self.at_hand.sharing.before_collective()
         # A hook may save.
         with self.at_hand.view.of_all():
-            return whole.state_dict()
+            return whole.own_state_dict() if self._shards else whole.state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> State:
-        """On rank 0, that of the whole module's optimizer; all ranks must call it, as Lightning does."""
+        """On rank 0, that of the whole module's optimizer, promised; all ranks must call it, as Lightning does."""
         if (whole := self._taken_apart) is not None and whole.has(optimizer):
             self.at_hand.sharing.before_collective()
-            return whole.optimizer_state(optimizer)
+            return whole.own_optimizer_state(optimizer) if self._shards else whole.optimizer_state(optimizer)
         if self._whole_optimizer_states and optimizer in self.optimizers:
             return self._whole_optimizer_states[self.optimizers.index(optimizer)]
         return super().optimizer_state(optimizer)
 
     @override
     def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write one plain file of the whole module. What is in flight stays in flight."""
+        """Write one plain file of the whole module. What is in flight stays in flight, and no other rank waits."""
         if self._at_hand is not None and self._at_hand.whole is not None and self._is_broken:
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
         if self._at_hand is not None and self._at_hand.exact is not None and "optimizer_states" in checkpoint:
-            parts = self.processes.control.collect(self._at_hand.exact.part())
-            checkpoint[IN_FLIGHT] = ExactResume.whole(parts)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
+            parts = self.processes.parcels.give("what is in flight", self._at_hand.exact.part)
+            if self.is_global_zero:
+                checkpoint[IN_FLIGHT] = PromisedState(lambda: ExactResume.whole(parts.result()))
+        if self._shards and self._taken_apart is not None:
+            if self.processes.replica > 0:
+                return
+            shard, saves = take_shard(checkpoint), self.at_hand.saves
+            write = partial(write_shard, shard, as_it_is_now(checkpoint), filepath, self.processes.shards)
+            saves.save_shard(write, filepath, at_once=not self._streaming, leads=self.is_global_zero)
+        elif self.is_global_zero and self._at_hand is None:
+            write_file(self.checkpoint_io, checkpoint, filepath, storage_options)
+        elif self.is_global_zero:
+            self.at_hand.saves.save(checkpoint, filepath, storage_options, at_once=not self._streaming)
+
+    @override
+    def remove_checkpoint(self, filepath: _PATH) -> None:
+        """Once the checkpoints that were saved before are written."""
+        remove = partial(super().remove_checkpoint, filepath)
+        if self._at_hand is None:
+            remove()
+        else:
+            self.at_hand.saves.then(remove, filepath)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> State:
         """What the file holds; of a module in parts, numbers are read where they are used."""
         whole = self._taken_apart
+        if is_sharded(checkpoint_path):
+            self._reading = nullcontext
+            is_here = _all if whole is None else whole.is_here
+            return read_shards(checkpoint_path, is_here, *args, **kwargs)
         if whole is not None and whole.stays_in_parts and can_be_mapped(checkpoint_path, self.checkpoint_io):
             content, self._reading = read_mapped(checkpoint_path, *args, **kwargs)
             return content
@@ -928,6 +991,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         """Agree with the other ranks on the first cause, and say it."""
+        if self._has_ended_together and self._at_hand is not None:
+            # Callbacks have saved, and loggers end next.
+            self._at_hand.saves.finish()
         if self._has_ended_together and isinstance(self._launcher, ScriptLauncher):
             return
         if self._processes is not None:
@@ -951,6 +1017,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Make the module on rank 0 whole again, unless it is too big for that, and let go of the others."""
+        if self._at_hand is not None:
+            self._at_hand.saves.break_off() if self._is_broken else self._at_hand.saves.finish()
         if self._at_hand is not None and self._is_broken:
             self._at_hand.break_off()
         elif self._at_hand is not None and self._interrupted:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpipe.schedules.placement import rank_of
+from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import (
     fill,
@@ -27,12 +28,15 @@ from lightning_cpipe.strategy.checkpoint import (
     GroupOrder,
     State,
     keep_own_parameters,
+    numbered,
     on_cpu,
     own_optimizer_state,
     state_by_name,
     whole_optimizer_state,
 )
+from lightning_cpipe.strategy.gathering import gather_numbers, homes, named_numbers
 from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.promised import Promised, PromisedState, settled
 
 
 class Whole:
@@ -61,8 +65,8 @@ class Whole:
         self._optimizers = list(optimizers)
         self._cut = cut
         self._stages = processes.stages
-        self._processes = processes
         self._control = processes.control
+        self._parcels = processes.parcels
         self._held = processes.held
         self.averages = averages
         self.stays_in_parts = stays_in_parts
@@ -80,12 +84,13 @@ class Whole:
     def state_dict(self) -> State:
         """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.
 
-        Elsewhere it is empty: nobody writes it.
+        Nobody waits: numbers are copied here and promised where they come from another rank, see `Promised`. Elsewhere
+        it is empty: nobody writes it.
         """
-        everyones = self._collect_numbers()
-        if not everyones:
+        promised = self._gather_numbers()
+        if not self._parcels.gathers:
             return {}
-        with standing_in(self._module, dict(ChainMap(*everyones))):
+        with standing_in(self._module, promised):
             return self._module.state_dict()
 
     def has(self, optimizer: Optimizer) -> bool:
@@ -93,10 +98,44 @@ class Whole:
         return optimizer in self._optimizers
 
     def optimizer_state(self, optimizer: Optimizer) -> State:
-        """On rank 0, that of the whole module's optimizer, and of its own part elsewhere; all ranks must call it."""
+        """On rank 0, that of the whole module's optimizer, and of its own part elsewhere; all ranks must call it.
+
+        Nobody waits, as for `state_dict`.
+        """
         own, order = optimizer.state_dict(), self._orders[self._optimizers.index(optimizer)]
-        everyones = self._processes.collect(lambda: state_by_name(optimizer, self._names))
-        return whole_optimizer_state(own, everyones, order) if everyones else own
+        everyones = self._parcels.give("an optimizer's state", lambda: state_by_name(optimizer, self._names))
+        if not self._parcels.gathers:
+            return own
+        state = PromisedState(lambda: numbered(everyones.result(), order))
+        return whole_optimizer_state(own, state, order, order.numbers)
+
+    def own_state_dict(self) -> State:
+        """What of the whole module's state dict has its true numbers here; what has none is rank 0's."""
+        own, with_home = held_by(self._module, self._cut, *self._stages), homes(self._cut)
+        of_others = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            for name, tensor in named_numbers(self._module).items()
+            if name not in own and name in with_home
+        }
+        with standing_in(self._module, {**own, **of_others}):
+            state = self._module.state_dict()
+        storages = {tensor.untyped_storage().data_ptr() for tensor in own.values()}
+        for name, value in list(state.items()):
+            is_tensor = isinstance(value, Tensor)
+            is_own = is_tensor and value.untyped_storage().data_ptr() in storages
+            if (is_tensor and value.is_meta) or not (is_own or self._parcels.gathers):
+                del state[name]
+        return state
+
+    def own_optimizer_state(self, optimizer: Optimizer) -> State:
+        """What of the whole module's optimizer's state is this rank's, by the names of parameters."""
+        order = self._orders[self._optimizers.index(optimizer)]
+        named = {name: name for name in order.numbers}
+        return whole_optimizer_state(optimizer.state_dict(), state_by_name(optimizer, self._names), order, named)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this rank needs the numbers of a parameter; so it does what it does not know."""
+        return not isinstance(named_numbers(self._module).get(name), AbsentParameter)
 
     def placed(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """This stage's parameters of an optimizer, each with its place among all those of the whole module's."""
@@ -136,17 +175,17 @@ class Whole:
                 self._control.share_tensors([buffer], rank_of(self._cut.buffer_homes[name], self._held))
             return []
         self.averages.put_together()
-        everyones = self._collect_numbers()
+        numbers = self._gather_numbers()
         states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()
         unfreeze_stand_ins(self._module, self._cut, *self._stages)
-        if not everyones:
+        if not self._parcels.gathers:
+            self._parcels.settle()
             return []
         make_room(self._module)
-        for each in everyones:
-            fill(self._module, each)
-        return states
+        fill(self._module, numbers)
+        whole: list[State] = settled(states)
+        return whole
 
-    def _collect_numbers(self) -> list[dict[str, Tensor]]:
-        """On rank 0, the weights and buffers of all stages; copies."""
-        return self._processes.collect(lambda: held_by(self._module, self._cut, *self._stages))
+    def _gather_numbers(self) -> dict[str, Promised]:
+        return gather_numbers(self._parcels, "weights", self._module, self._cut, self._stages)

@@ -5,7 +5,8 @@ edge          one end of a lane for tensors
 records       one end of a lane for small records
 counterparts  connects the ranks that hold the same stages of pipelines side by side
 within        lanes between two stages of one process
-connections   the sockets under the records
+parcels       large things from all ranks to rank 0, in the background
+connections   the sockets under the records and the parcels
 control       all ranks together, before and after training streams
 settling      brings the lanes of a run to rest
 liveness      watches that all ranks are alive, and agrees on the first cause when one is not

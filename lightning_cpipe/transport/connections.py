@@ -1,4 +1,4 @@
-"""Connects each stage with its neighbours by sockets, for the small records that go beside the tensors.
+"""Connects processes by sockets: each stage with its neighbours, and all ranks with rank 0.
 
 Through a process group, a record would cost each end two messages and wake two further threads. Through a socket it
 is one write and one read, which counts where a mini-batch takes milliseconds or stages share cores.
@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
+from typing import Any, TypeVar
 
 from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.transport.machine import this_machine
 
 log = logging.getLogger(__name__)
+
+Which = TypeVar("Which")
 
 _HERE = "127.0.0.1"
 _EVERYWHERE = ""
@@ -28,9 +31,6 @@ def connect_neighbours(
     control: Control, ranks: Sequence[int], place: int, lanes: Sequence[str]
 ) -> dict[tuple[int, str], Connection]:
     """One connection for each lane to each neighbour; all ranks must call it.
-
-    Neighbours on one machine meet at its loopback address; otherwise the later one calls the earlier one by the name
-    of its machine. Only who knows this run's key is let in.
 
     Args:
         control: of all ranks.
@@ -44,23 +44,54 @@ def connect_neighbours(
     Raises:
         RankLostError: if a neighbour can't be reached.
     """
-    machines = control.compare(this_machine())
     mine = ranks[place]
-    is_here = {rank: machines[rank] == machines[mine] for rank in ranks}
     calls, answers = _calls_and_answers(ranks, mine)
+    # The first rank calls nobody and answers at once; then the second is free to answer, and so on.
+    to_call = {(upper, lane): peer for upper, peer in calls.items() for lane in lanes}
+    return _connect(control, mine, to_call, len(answers) * len(lanes))
+
+
+def connect_to_first(control: Control, rank: int, num_ranks: int) -> dict[int, Connection]:
+    """One connection between rank 0 and each other of the first ranks; all ranks must call it.
+
+    Args:
+        control: of all ranks.
+        rank: this process's.
+        num_ranks: how many are connected.
+
+    Returns:
+        This process's ends, by the rank that is not rank 0.
+
+    Raises:
+        RankLostError: if rank 0 can't be reached.
+    """
+    calls = {rank: 0} if 0 < rank < num_ranks else {}
+    return _connect(control, rank, calls, num_ranks - 1 if rank == 0 else 0)
+
+
+def _connect(control: Control, mine: int, calls: Mapping[Which, int], num_answers: int) -> dict[Which, Connection]:
+    """Call some ranks and answer others.
+
+    Those on one machine meet at its loopback address; otherwise a rank is called by the name of its machine. Only who
+    knows this run's key is let in.
+
+    Args:
+        control: of all ranks.
+        mine: this process's rank.
+        calls: the connections to call for, each with the rank that is called.
+        num_answers: how many calls will come.
+    """
+    machines = control.compare(this_machine())
     key = control.share(secrets.token_bytes(32))
-    found: dict[tuple[int, str], Connection] = {}
-    address = _HERE if all(is_here.values()) else _EVERYWHERE
-    backlog = max(1, len(answers)) * len(lanes)
-    with Listener((address, 0), backlog=backlog, authkey=key) as listener:
+    found: dict[Which, Connection] = {}
+    address = _HERE if all(each == machines[mine] for each in machines) else _EVERYWHERE
+    with Listener((address, 0), backlog=max(1, num_answers), authkey=key) as listener:
         places = control.compare((socket.gethostname(), listener.address[1]))
-        # The first rank calls nobody and answers at once; then the second is free to answer, and so on.
-        for upper, peer in calls.items():
+        for which, peer in calls.items():
             host, port = places[peer]
-            for lane in lanes:
-                found[upper, lane] = _call(_HERE if is_here[peer] else host, port, key, peer)
-                found[upper, lane].send((upper, lane))
-        for _ in range(len(answers) * len(lanes)):
+            found[which] = _call(_HERE if machines[peer] == machines[mine] else host, port, key, peer)
+            found[which].send(which)
+        for _ in range(num_answers):
             # Several may call at the same time.
             connection, which = _answer(listener)
             found[which] = connection
@@ -94,7 +125,7 @@ def _call(host: str, port: int, key: bytes, peer: int) -> Connection:
         ) from error
 
 
-def _answer(listener: Listener) -> tuple[Connection, tuple[int, str]]:
+def _answer(listener: Listener) -> tuple[Connection, Any]:
     while True:
         try:
             connection = listener.accept()

@@ -1,4 +1,4 @@
-"""All ranks together, on the CPU: for what happens before and after streaming. In between, only checkpoints use it."""
+"""All ranks together, on the CPU: for what happens before and after streaming. In between, only flushes use it."""
 
 from __future__ import annotations
 

@@ -68,6 +68,8 @@ PRIVATE: dict[str, tuple[str, ...] | None] = {
     "lightning.fabric.utilities.distributed._set_num_threads_if_needed": ("num_processes",),
     "lightning.fabric.utilities.optimizer._optimizers_to_device": ("optimizers", "device"),
     "lightning.fabric.utilities.types._PATH": None,
+    "lightning.pytorch.callbacks.ModelCheckpoint()._link_checkpoint": ("trainer", "filepath", "linkpath"),
+    "lightning.pytorch.callbacks.ModelCheckpoint()._save_checkpoint": ("trainer", "filepath"),
     "lightning.pytorch.callbacks.ModelSummary()._summary": ("trainer", "pl_module"),
     "lightning.pytorch.callbacks.StochasticWeightAveraging(0.1)._average_model": None,
     "lightning.pytorch.callbacks.StochasticWeightAveraging(0.1)._clear_schedulers": ("trainer",),

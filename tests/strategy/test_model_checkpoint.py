@@ -25,6 +25,7 @@ KEEPS: dict[str, dict[str, Any]] = {
     "the best steps": {"every_n_train_steps": 2, "monitor": "wave", "save_top_k": 3},
     "every second epoch": {"every_n_epochs": 2, "save_top_k": -1, "save_last": "link"},
     "weights only": {"save_weights_only": True, "monitor": "val_loss"},
+    "a name that comes again": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{epoch}", "save_last": "link"},
 }
 
 
@@ -41,7 +42,7 @@ class Wave(Chain):
 
 
 def fit(name: str, folder: str, **options: Any) -> dict[str, Any]:
-    keep = ModelCheckpoint(folder, filename="{epoch}-{step}", **KEEPS[name])
+    keep = ModelCheckpoint(folder, **{"filename": "{epoch}-{step}", **KEEPS[name]})
     trainer = quiet_trainer(callbacks=[keep], enable_checkpointing=True, max_epochs=3, **options)
     trainer.fit(Wave(), noise_loader(), noise_loader(seed=6))
     return {

@@ -111,7 +111,7 @@ def test_what_was_undone_before_the_end_failed_is_not_undone_again() -> None:
     undone: list[str] = []
     whole = mock.Mock(put_together=mock.Mock(side_effect=RankLostError("rank 1 is lost", 1)))
     undo = [lambda: undone.append("first"), lambda: undone.append("second")]
-    run = RunAtHand(mock.Mock(), mock.Mock(), mock.Mock(), whole, mock.Mock(), undo)
+    run = RunAtHand(mock.Mock(), mock.Mock(), mock.Mock(), whole, mock.Mock(), mock.Mock(), undo)
     with pytest.raises(RankLostError):
         run.end()
     run.break_off()
