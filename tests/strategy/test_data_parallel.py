@@ -16,7 +16,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_cpipe import ContinuousPipeStrategy
@@ -239,3 +240,24 @@ def test_a_flush_schedule_with_one_micro_batch_is_ddp(
     plain = in_ddp(**options)
     assert [ranks[0].losses, ranks[2].losses] == [each.losses for each in plain]
     require_same_bits(ranks[0].weights, plain[0].weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "module", "said"),
+    [
+        ({"exact_resume": True}, Chain, "exact_resume=True with data_parallel_size=2"),
+        ({}, lambda: Sparse(), r"sparse gradients \(words\)"),
+    ],
+)
+def test_what_several_pipelines_can_not_do_is_refused(options: dict[str, Any], module: Any, said: str) -> None:
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(data_parallel_size=2, **options), devices=4)
+    with pytest.raises(MisconfigurationException, match=said):
+        trainer.fit(module(), noise_loader())
+
+
+class Sparse(Chain):
+    """Has an embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(4, 8, sparse=True)
