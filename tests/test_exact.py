@@ -37,6 +37,7 @@ def require_exact(
     schedule: str | None = None,
     extra_in_flight: int = 0,
     early_input_gradient: bool = False,
+    options: dict[str, Any] | None = None,
     **chain: Any,
 ) -> None:
     """Three shuffled epochs of 8 mini-batches, the last one shorter."""
@@ -49,6 +50,7 @@ def require_exact(
         accumulate=accumulate,
         extra_in_flight=extra_in_flight,
         early_input_gradient=early_input_gradient,
+        options=options,
     )
 
 
@@ -95,3 +97,9 @@ def test_one_stage_is_plain_lightning(optimizer: str, accumulate: int) -> None:
     assert ours.losses == plain.losses
     assert ours.metrics == plain.metrics
     require_same_bits(ours.weights, plain.weights)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_equals_the_reference_in_other_precisions(precision: str) -> None:
+    require_exact(3, "adamw", 1, "step", options={"precision": precision})

@@ -8,6 +8,7 @@ choice       the version that each mini-batch uses
 news         what the stages tell each other beside the activations
 decisions    what the last stage says to all others
 ties         parameters that several stages train
+partial_sums what a stage learns of the others' gradients in time
 shapes       what is known of the shapes of a batch
 mini_batch   what the engine knows of a mini-batch
 rehearsal    all stages once, one after the other, to look at

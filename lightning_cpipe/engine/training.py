@@ -11,7 +11,7 @@ the actions up to the first backward, and for all the others.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_cpipe.engine.averaging import Averaging
 from lightning_cpipe.engine.mini_batch import Slices
-from lightning_cpipe.engine.partial_sums import PartialSums, Sums
+from lightning_cpipe.engine.partial_sums import PartialSums, Sums, if_finite
 from lightning_cpipe.engine.stage_stream import StageStream, State
 from lightning_cpipe.engine.ties import Pair, Ties
 from lightning_cpipe.engine.timeline import WAIT_GRADIENT, WAIT_REPLICAS, Timeline
@@ -194,9 +194,11 @@ class TrainingStream:
             self._timeline.end_update()
             self._ties.after_update(partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
 
-    def tell(self, purpose: str, own: Sequence[Tensor]) -> list[Sums]:
+    def tell(
+        self, purpose: str, own: Sequence[Tensor], down: Callable[[Tensor, Tensor], Tensor] = if_finite
+    ) -> list[Sums]:
         """Tell the other stages of an update that has begun, and learn what is known of them; see `PartialSums`."""
-        return self._sums[purpose].tell(own, partial(self._timeline.measure, WAIT_GRADIENT, self.updated))
+        return self._sums[purpose].tell(own, partial(self._timeline.measure, WAIT_GRADIENT, self.updated), down)
 
     def keep(self, in_window: int) -> Kept:
         """What another run needs to go on from here, between two local steps, as if this one had gone on.

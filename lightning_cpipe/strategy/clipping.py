@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_cpipe.engine.partial_sums import Sums
 from lightning_cpipe.engine.training import TrainingStream
-from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.strategy.by_stage import ByStage, gradients_of, parameters_of
 from lightning_cpipe.strategy.lightning_private import instead_of
 from lightning_cpipe.strategy.options import Clip
 from lightning_cpipe.strategy.processes import Processes
@@ -48,10 +47,10 @@ class OfOneStage(Norms):
     """Where one stage holds all gradients, Lightning clips them."""
 
     def full(self, optimizer: Optimizer) -> Tensor:
-        return norm_of(_gradients(_parameters(optimizer)))
+        return norm_of(gradients_of(parameters_of(optimizer)))
 
     def clip(self, optimizer: Optimizer, clip_val: float) -> None:
-        nn.utils.clip_grad_norm_(_parameters(optimizer), clip_val)
+        nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_val)
 
 
 class Exact(Norms):
@@ -81,7 +80,7 @@ class Exact(Norms):
         return total
 
     def clip(self, optimizer: Optimizer, clip_val: float) -> None:
-        _clip(_gradients(_parameters(optimizer)), self.full(optimizer), clip_val)
+        _clip(gradients_of(parameters_of(optimizer)), self.full(optimizer), clip_val)
 
 
 class InTime(Norms):
@@ -89,17 +88,16 @@ class InTime(Norms):
 
     Args:
         clip: by which norm.
-        module: with all its parameters.
-        cut: how it is cut.
+        by_stage: whose the parameters are.
         training: of this rank, with the sums of squares of all stages.
+        device: where the stages compute.
     """
 
-    def __init__(self, clip: Clip, module: pl.LightningModule, cut: Cut, training: TrainingStream) -> None:
+    def __init__(self, clip: Clip, by_stage: ByStage, training: TrainingStream, device: torch.device) -> None:
         self._clip = clip
+        self._by_stage = by_stage
         self._training = training
-        homes = {id(parameter): cut.homes[name][0] for name, parameter in module.named_parameters()}
-        self._own = [{each for each, home in homes.items() if home == stage} for stage in training.stages]
-        self._device = module.device
+        self._device = device
         self._told_in = -1
         self._known: list[Sums] = []
 
@@ -108,17 +106,12 @@ class InTime(Norms):
         return self._learn(optimizer)[-1]
 
     def clip(self, optimizer: Optimizer, clip_val: float) -> None:
-        for gradients, total in zip(self._gradients(optimizer), self._learn(optimizer, self._clip)):
+        for gradients, total in zip(self._by_stage.gradients(optimizer), self._learn(optimizer, self._clip)):
             _clip(gradients, total, clip_val)
-
-    def _gradients(self, optimizer: Optimizer) -> list[list[Tensor]]:
-        """Those of each of the rank's stages."""
-        parameters = _parameters(optimizer)
-        return [_gradients([each for each in parameters if id(each) in own]) for own in self._own]
 
     def _learn(self, optimizer: Optimizer, clip: Clip = "lagged") -> list[Tensor]:
         """The norm that each stage knows, of the gradients as they were when it was first asked for in this update."""
-        own = [norm_of(each) for each in self._gradients(optimizer)]
+        own = [norm_of(each) for each in self._by_stage.gradients(optimizer)]
         if clip == "stage":
             return own
         if self._told_in != (update := self._training.updated):
@@ -141,11 +134,3 @@ def norm_of(gradients: Sequence[Tensor]) -> Tensor:
 def _clip(gradients: Sequence[Tensor], total: Tensor, clip_val: float) -> None:
     if gradients:
         scale_all(gradients, torch.clamp(clip_val / (total + 1e-6), max=1.0))
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
@@ -227,12 +226,6 @@ def reasons_in_trainer(
         yield (
             "Trainer(sync_batchnorm=True): every stage sees the whole mini-batch of its pipeline, so there is"
             " nothing to synchronise in one; pipelines side by side keep statistics of their own. Leave it out."
-        )
-    precision = trainer.precision_plugin
-    if isinstance(precision, MixedPrecision) and precision.precision == "16-mixed":
-        yield (
-            "precision='16-mixed': the loss scale would have to be the same on all stages. Use 'bf16-mixed' or"
-            f" 'bf16-true'. {LATER}"
         )
     for step in STEPS:
         if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):

@@ -143,7 +143,9 @@ class StageRun:
         own_by_stage = {module.stage: own.named for module, own in zip(self.modules, versions)}
         ties = Ties.of(self.cut.ties, schedule, own_by_stage, self._lanes[-1].links, keep=keep)
         told = {
-            purpose: PartialSums(purpose, self.stages, schedule, self._lanes[-1].links, spec, self._device, keep=keep)
+            purpose: PartialSums(
+                purpose, self.stages, last.num_stages, schedule, self._lanes[-1].links, spec, self._device, keep=keep
+            )
             for purpose, spec in (sums or {}).items()
         }
         for stream in streams if keep else ():

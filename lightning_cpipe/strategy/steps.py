@@ -50,6 +50,7 @@ class Steps:
         self._trainer = trainer
         self._lightning_module = trainer.lightning_module
         self._precision = trainer.precision_plugin
+        self._scaler = getattr(self._precision, "scaler", None)
         self._run = run
         self._several = run.cut.num_stages > 1
         self.seed = seed
@@ -159,7 +160,8 @@ class Steps:
         def of_loss(work: InFlight) -> OfLoss:
             micro_batch = work.mini_batch
             if sliced and isinstance(micro_batch, MicroBatch):
-                return self._one_step.share_of(micro_batch, work.returned), run
+                share = self._one_step.share_of(micro_batch, work.returned)
+                return share if self._scaler is None else self._scaler.scale(share), run
             return loss, run
 
         self._run.training.last.of_loss = of_loss if self._run.has_last else None

@@ -45,6 +45,7 @@ from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, se
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
+from lightning_cpipe.strategy.by_stage import ByStage
 from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State
 from lightning_cpipe.strategy.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
@@ -61,6 +62,7 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
+from lightning_cpipe.strategy.loss_scale import SCALE_AND_OVERFLOW, SCALES, Everyones, LastStages, LossScale
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.one_file import write_file
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
@@ -506,6 +508,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
         sums = {NORMS: SQUARES} if fitting and schedule.streams and cut.num_stages > 1 else {}
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        sums |= {SCALES: SCALE_AND_OVERFLOW} if sums and scaler is not None else {}
         # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
         links = {link_of(tie): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
         for purpose in sums:
@@ -548,11 +552,17 @@ class ContinuousPipeStrategy(ParallelStrategy):
             micro_batches = None if schedule.streams else self._options.num_microbatches
             training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
             self._norms = OfOneStage()
+            scales: LossScale | None = None
             if whole is not None and schedule.streams:
-                self._norms = InTime(self._options.clip, module, cut, training)
+                by_stage = ByStage(module, cut, self.stages)
+                self._norms = InTime(self._options.clip, by_stage, training, self.root_device)
+                if scaler is not None:
+                    scales = LastStages(scaler, self.root_device, by_stage, training, is_last=stage_run.has_last)
             elif whole is not None:
                 self._norms = Exact(whole, self.processes)
+                scales = None if scaler is None else Everyones(scaler, self.root_device, self.processes.control)
             undo += [] if whole is None else [self._norms.take_over(self.precision_plugin)]
+            undo += [] if scales is None else scales.take_over()
             self._signals.heard_through(training.last.news)
             if stage_run.pipelines is not None:
                 self._signals.heard_beyond(stage_run.pipelines)
@@ -888,8 +898,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """The norm of the gradients of all stages, accumulated and not clipped, as far as it is known without waiting.
 
         With flush schedules, and with one stage, it is exact. With the continuous schedule it is of this update for
-        this rank's last stage and those after it, and for a stage before them of an earlier update, one further back
-        for each stage on the way; at first, of those that are known. So on rank 0 all but its own are older.
+        this rank's last stage and those after it, and for a stage before them of an earlier update, further back for
+        each stage on the way; at first, of those that are known. So on rank 0 all but its own are older.
 
         All ranks must ask in the same updates. The answer is kept until the next one, clipped or not.
 

@@ -22,7 +22,7 @@ from lightning_cpipe.stage.randomness import derived_seed
 from lightning_cpipe.strategy.replicas import seed_of_replica
 from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import make_optimizer, noise_loader
-from tests.helpers.reference import ByNorm, train_delayed
+from tests.helpers.reference import ByNorm, Scaled, train_delayed
 
 SEED = 7
 
@@ -88,6 +88,7 @@ def require_equal_to_reference(
     accumulate: int = 1,
     devices: int | None = None,
     clip: ByNorm | None = None,
+    scaled: Scaled | None = None,
     options: dict[str, Any] | None = None,
     replicas: int = 1,
     nodes: int = 1,
@@ -104,6 +105,7 @@ def require_equal_to_reference(
         accumulate: mini-batches for an update.
         devices: processes; None for one per stage.
         clip: how gradients are clipped.
+        scaled: how the loss is scaled.
         options: further ones of the Trainer.
         replicas: pipelines side by side. Their mean gradient is that of the mean of their losses, to the bit for two.
         nodes: machines that they are spread over.
@@ -129,7 +131,8 @@ def require_equal_to_reference(
     )
     lasts = ranks[:: len(ranks) // replicas]
     seen = lasts[0]
-    whole = TrainingStep(module(), options.get("precision", "32-true"))
+    precision = "16-mixed" if scaled is not None else options.get("precision", "32-true")
+    whole = TrainingStep(module(), precision)
     per_epoch = len(seen.batches) // epochs
     stages, aliases = names_on_stages(whole, seen.found.cut, seen.batches[0])
     losses: list[list[float]] = [[] for _ in lasts]
@@ -159,6 +162,7 @@ def require_equal_to_reference(
         aliases=aliases,
         policy=strategy.get("versions", "stash"),
         **({} if clip is None else {"clip": clip}),
+        scaled=scaled,
     )
     for own, each in zip(losses, lasts):
         # Lightning shows the loss divided by `accumulate`.

@@ -30,6 +30,7 @@ def train_delayed(
     aliases: Mapping[str, str] | None = None,
     policy: str = "stash",
     clip: Callable[[list[list[torch.Tensor]]], None] = lambda gradients: None,
+    scaled: Scaled | None = None,
 ) -> list[float]:
     """Train `module` in place.
 
@@ -44,6 +45,7 @@ def train_delayed(
         aliases: further names that a stage uses for a parameter, with the name in `stages`.
         policy: which weights a mini-batch uses: ``stash``, ``latest``, ``vertical`` or ``2bw``.
         clip: clips the gradients of each stage in place, before every update.
+        scaled: scales the loss, and the gradients back; None for no scale.
 
     Returns:
         The loss of each mini-batch that has one.
@@ -74,7 +76,8 @@ def train_delayed(
             # Into the memory that the forward read, so that whatever the graph kept of it reads the newest.
             for name, weight in weights.items():
                 weight.data.copy_(own[name].data)
-        gradients = [] if loss is None else torch.autograd.grad(loss / accumulate, list(weights.values()))
+        share = None if loss is None else loss / accumulate * (1.0 if scaled is None else scaled.scale)
+        gradients = [] if share is None else torch.autograd.grad(share, list(weights.values()))
         found = dict(zip(weights, gradients))
         due = {}
         for s, names in enumerate(stages):
@@ -88,6 +91,8 @@ def train_delayed(
         if updates:
             window_start = j + 1
             trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in optimizers]
+            if scaled is not None:
+                scaled(trained)
             clip([[p.grad for p in parameters if p.grad is not None] for parameters in trained])
             for optimizer, scheduler in optimizers:
                 optimizer.step()
@@ -98,6 +103,42 @@ def train_delayed(
             fresh = {n: own[n].detach().clone().requires_grad_() for n in names}
             versions.append(fresh if updates else versions[-1])
     return losses
+
+
+class Scaled:
+    """Scales a loss, as `16-mixed` may in the continuous schedule.
+
+    Args:
+        scale: at first.
+        interval: after so many updates without an overflow it doubles.
+    """
+
+    def __init__(self, scale: float, interval: int) -> None:
+        self.scale = scale
+        self._interval = interval
+        self._good = 0
+        self.overflows: list[list[bool]] = []
+        """Whether the gradient of each stage is not finite, in every update."""
+        self._began: list[list[bool]] = []
+
+    def __call__(self, trained: list[list[nn.Parameter]]) -> None:
+        inverse = torch.tensor(self.scale, dtype=torch.float64).reciprocal().float()
+        overflows = [any(not bool(p.grad.isfinite().all()) for p in own if p.grad is not None) for own in trained]
+        self.overflows.append(overflows)
+        self._began.append([here and not any(overflows[s + 1 :]) for s, here in enumerate(overflows)])
+        for stage, own in enumerate(trained):
+            for parameter in own:
+                if any(overflows[stage:]):
+                    parameter.grad = None
+                elif parameter.grad is not None:
+                    parameter.grad = parameter.grad * inverse
+        last, update = len(trained) - 1, len(self.overflows) - 1
+        heard = [self._began[known][s] for s in range(last + 1) if (known := update - (last - s)) >= 0]
+        self._good = 0 if any(heard) else self._good + 1
+        if any(heard):
+            self.scale /= 2
+        elif self._good == self._interval:
+            self.scale, self._good = self.scale * 2, 0
 
 
 class ByNorm:
@@ -117,8 +158,11 @@ class ByNorm:
         """Of the norm of each stage, in every update."""
 
     def __call__(self, gradients: list[list[torch.Tensor]]) -> None:
-        norms = [torch.stack([torch.linalg.vector_norm(each) for each in own]) for own in gradients]
-        totals = [torch.linalg.vector_norm(own) for own in norms]
+        none = torch.zeros(1)
+        totals = [
+            torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each) for each in own or [none]]))
+            for own in gradients
+        ]
         self.squares.append([total.double() ** 2 for total in totals])
         for stage, own in enumerate(gradients):
             total = {

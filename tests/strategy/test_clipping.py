@@ -26,9 +26,9 @@ class TiedLogsNorm(Tied, LogsNorm):
     """And ties weights."""
 
 
-def require_exact(how: str, p: int, module: type[pl.LightningModule] = LogsNorm, late: int = 1, **options: Any) -> None:
+def require_exact(how: str, p: int, module: type[pl.LightningModule] = LogsNorm, **options: Any) -> None:
     """Three shuffled epochs of 8 mini-batches, most of whose gradients are clipped."""
-    clip = ByNorm(how, LARGEST, late)
+    clip = ByNorm(how, LARGEST, late=1 + options.get("extra_in_flight", 0))
     ranks = require_equal_to_reference(
         p,
         partial(module, optimizer="adamw"),
@@ -47,7 +47,7 @@ def require_exact(how: str, p: int, module: type[pl.LightningModule] = LogsNorm,
     [
         ("suffix", 3, {"accumulate": 3, "early_input_gradient": True}),
         ("lagged", 4, {"devices": 2}),
-        ("lagged", 3, {"module": TiedLogsNorm, "extra_in_flight": 2, "late": 2}),
+        ("lagged", 3, {"module": TiedLogsNorm, "extra_in_flight": 2}),
         *(
             pytest.param(how, p, options, marks=pytest.mark.full)
             for how in ("stage", "suffix", "lagged")

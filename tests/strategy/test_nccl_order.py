@@ -133,14 +133,23 @@ class Sharing(Chain):
 
 
 TIE_LANES = ("tied gradients", "tied weights")
-WITH_TENSORS = (*TENSOR_LANES, *TIE_LANES)
+NORM_LANES = ("norms of stages before", "norms of stages after")
+LINK_LANES = (*TIE_LANES, *NORM_LANES)
+"""The first of each link's two goes to the later stage."""
+
+WITH_TENSORS = (*TENSOR_LANES, *LINK_LANES)
 
 
 class Recorder:
-    """Writes down what this process issues from now on, and lets it run NCCL's code over gloo."""
+    """Writes down what this process issues from now on, and lets it run NCCL's code over gloo.
 
-    def __init__(self) -> None:
+    Args:
+        ties: how many ties the module has; their links come before those of neighbours.
+    """
+
+    def __init__(self, ties: int) -> None:
         self.ops: list[Op] = []
+        self._ties = ties
         self._numbers: Counter[Any] = Counter()
         self._lanes: dict[int, Any] = {}
         edge.dist = self._instead(isend=self._isend, irecv=self._irecv)
@@ -153,10 +162,10 @@ class Recorder:
         processes.init_dist_connection = lambda environment, backend, **options: connect(environment, "gloo", **options)
         note = Timeline._note
 
-        def noted(timeline: Timeline, kind: str, batch: int) -> None:
+        def noted(timeline: Timeline, kind: str, batch: int) -> Any:
             if kind in _LETTERS:
                 self.ops.append(Op(_LETTERS[kind], None, batch))
-            note(timeline, kind, batch)
+            return note(timeline, kind, batch)
 
         Timeline._note = noted
         Wiring.lanes = self._with_noted_records(Wiring.lanes)
@@ -180,13 +189,15 @@ class Recorder:
         self.ops.append(Op("group", (None if ranks is None else tuple(ranks), backend), 0))
         group = dist.new_group(ranks, backend="gloo", **options)
         if ranks is not None:
-            upper, lane = divmod(self._numbers["lanes"], len(TENSOR_LANES))
             last = dist.get_world_size() - 1
-            if upper < last:
+            further = self._numbers["lanes"] - last * len(TENSOR_LANES)
+            if further < 0:
+                upper, lane = divmod(self._numbers["lanes"], len(TENSOR_LANES))
                 self._lanes[id(group)] = upper, TENSOR_LANES[lane]
             else:
-                # There is one tie.
-                self._lanes[id(group)] = tuple(last - rank for rank in ranks), TIE_LANES[lane]
+                link, up = divmod(further, 2)
+                names = TIE_LANES if link < self._ties else NORM_LANES
+                self._lanes[id(group)] = tuple(last - rank for rank in ranks), names[up]
             self._numbers["lanes"] += 1
         return group
 
@@ -254,7 +265,7 @@ def recorded(case: Case) -> list[list[Op]]:
         return Skipping() if case.skip else Sharing() if case.tie else Chain()
 
     def batches() -> DataLoader[Any]:
-        recorders or recorders.append(Recorder())
+        recorders or recorders.append(Recorder(ties=int(case.tie)))
         made: Any = [(torch.randn(size, WIDTH), torch.randn(size, WIDTH)) for size in case.sizes]
         return DataLoader(made, batch_size=None)
 
@@ -268,6 +279,7 @@ def recorded(case: Case) -> list[list[Op]]:
         enable_checkpointing=case.save,
         max_epochs=EPOCHS,
         accumulate_grad_batches=case.accumulate,
+        gradient_clip_val=0.1,
         look=lambda *_: recorders[0].ops,
     )
     return [of_rank.found for of_rank in reversed(seen)]
@@ -360,9 +372,9 @@ def test_the_recorded_order_of_training_has_no_deadlock(case: Case, sends_wait: 
 def ends(lane: tuple[Any, str]) -> tuple[int, int]:
     """The stages that send and receive on a lane."""
     upper, name = lane
-    if name in TIE_LANES:
-        user, owner = upper
-        return (user, owner) if name == "tied gradients" else (owner, user)
+    if name in LINK_LANES:
+        earlier, later = upper
+        return (later, earlier) if name in (TIE_LANES[1], NORM_LANES[1]) else (earlier, later)
     return (upper + 1, upper) if name in UP else (upper, upper + 1)
 
 
@@ -425,7 +437,7 @@ def test_without_receives_posted_ahead_the_walk_finds_the_lock() -> None:
 def posted_late(ops: list[Op]) -> Iterator[Op]:
     """The same with each receive posted only when it is waited for."""
     for op in ops:
-        if op.kind == "wait" and op.lane[1] in TENSOR_LANES:
+        if op.kind == "wait" and op.lane[1] in WITH_TENSORS:
             yield op._replace(kind="post")
         if op.kind != "post" or op._replace(kind="wait") not in ops:
             yield op
@@ -451,7 +463,7 @@ def test_every_message_is_sent_posted_and_waited_for_once(case: Case) -> None:
     tensors = Counter({op: count for op, count in sent.items() if op.lane[1] in WITH_TENSORS})
     assert sent == waited
     assert tensors == posted == reaped
-    assert {op.lane[1] for op in sent} == {*TENSOR_LANES, *RECORD_LANES, *(TIE_LANES if case.tie else ())}
+    assert {op.lane[1] for op in sent} == {*TENSOR_LANES, *RECORD_LANES, *NORM_LANES, *(TIE_LANES if case.tie else ())}
     assert set(sent.values()) == {1}
 
 
@@ -461,9 +473,11 @@ def test_groups_are_made_and_warmed_up_in_one_order_on_all_ranks(p: int) -> None
     every_lane = [(upper, lane) for upper in range(p - 1) for lane in TENSOR_LANES]
     # Rank r holds stage p - 1 - r.
     pairs = [((p - 1 - upper, p - 2 - upper), "nccl") for upper, _ in every_lane]
+    links = [((p - 1 - upper, p - 2 - upper), "nccl") for upper in range(p - 1) for _ in NORM_LANES]
     for stage, ops in enumerate(stages):
-        assert [op.lane for op in ops if op.kind == "group"] == [(None, "gloo"), *pairs]
-        last_group = max(place for place, op in enumerate(ops) if op.kind == "group")
+        groups = [place for place, op in enumerate(ops) if op.kind == "group"]
+        assert [ops[place].lane for place in groups] == [(None, "gloo"), *pairs, *links]
+        last_group = groups[len(pairs)]
         warm_up = list(itertools.takewhile(lambda op: op.kind != "meet", ops[last_group + 1 :]))
         own = [lane for lane in every_lane if stage in ends(lane)]
         assert warm_up == [Op(kind, lane, 0) for lane in own for kind in HELLO[stage == ends(lane)[0]]]

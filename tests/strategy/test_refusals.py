@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
     ModelPruning,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim import SGD
@@ -130,12 +129,6 @@ TRAINERS: list[Any] = [
     (Chain, lambda: {"callbacks": [BatchSizeFinder()]}, ["BatchSizeFinder", "runs out", "`cpipe plan`"], False),
     (Chain, lambda: {"sync_batchnorm": True}, ["sync_batchnorm=True", "nothing to synchronise", "Leave it out"], False),
     (
-        Chain,
-        lambda: {"plugins": [MixedPrecision("16-mixed", "cpu")]},
-        ["precision='16-mixed'", "Use 'bf16-mixed' or 'bf16-true'"],
-        True,
-    ),
-    (
         Normed,
         lambda: {"callbacks": [StochasticWeightAveraging(0.01)]},
         ["StochasticWeightAveraging of a module with BatchNorm", "forwards without backwards", "`WeightAveraging`"],
@@ -246,7 +239,7 @@ def test_all_reasons_are_listed_at_once() -> None:
     others = TakesIterator, ValidatesIterator, Watched
     said += [parts for module, _, parts, _ in TRAINERS if module not in others]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 19
+    assert len(reasons) == len(said) == 18
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 
@@ -277,15 +270,8 @@ def test_gloo_is_refused_for_gpus(device: str, backend: str | None, refused: boo
     assert [reason.partition(":")[0] for reason in reasons] == ["process_group_backend='gloo'"] * refused
 
 
-@pytest.mark.usefixtures("no_processes")
-@pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled:UserWarning")
-def test_16_mixed_is_refused_for_a_gpu_too() -> None:
-    (reason,) = refused(Chain(), {}, plugins=[MixedPrecision("16-mixed", "cuda")])
-    require_said(reason, ["precision='16-mixed'", "Use 'bf16-mixed' or 'bf16-true'"], later=True)
-
-
 def test_16_mixed_by_its_name_is_bf16_mixed_on_a_cpu() -> None:
-    """So says Lightning, which is why the refusal above needs an instance."""
+    """So says Lightning, which is why tests of it need an instance."""
     trainer = quiet_trainer(strategy=ContinuousPipeStrategy(), devices=2, precision="16-mixed")
     assert trainer.precision_plugin.precision == "bf16-mixed"
 
