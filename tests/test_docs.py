@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from lightning_cpipe.schedules.check import check
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.schedules.table import Table
+from tests.helpers.fits import Seen, fit_in_pipeline, require_same_bits
+from tests.helpers.modules import Chain, noise_loader
 
 PACKAGE = Path(lightning_cpipe.__file__).parent
 DOCS = PACKAGE.parent / "docs"
@@ -48,15 +52,26 @@ def test_the_table_of_schedules_is_what_the_command_prints(capsys: pytest.Captur
     assert table in (DOCS / "schedules.md").read_text()
 
 
-def test_the_schedule_that_a_document_adds_is_a_schedule_without_faults() -> None:
+def test_the_schedule_that_a_document_adds_has_no_faults_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name, in rehearsal. It adds gradients in the order of 1F1B."""
     text = (DOCS / "schedules.md").read_text().partition("## Add a schedule")[2]
     code, drawn = re.findall(r"```(?:python)?\n(.*?)```", text, re.DOTALL)[:2]
     names: dict[str, Any] = {}
     exec(code, names)
     schedule = names["InOrder"]()
-    for p in range(1, 5):
-        assert check(schedule.plan(p, 4), schedule) == []
+    for p, v in itertools.product(range(1, 4), range(1, 4)):
+        several = replace(schedule, stages_per_rank=v)
+        assert check(several.plan(p * v, 4), several) == []
     assert Table(schedule, 3, 4).text().partition("\n\n")[0] == drawn.strip()
+    monkeypatch.setitem(SCHEDULES, "in-order", names["InOrder"])
+
+    def fit(name: str) -> Seen:
+        strategy = {"schedule": name, "num_microbatches": 4}
+        return fit_in_pipeline(3, Chain, noise_loader, devices=1, strategy=strategy, max_steps=2)[0]
+
+    seen, plain = fit("in-order"), fit("1f1b")
+    assert seen.losses == plain.losses
+    require_same_bits(seen.weights, plain.weights)
 
 
 def said() -> str:

@@ -26,15 +26,18 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command.
 
     Raises:
-        SystemExit: with status 2 if the arguments can't be understood.
-        PlanError: if the plan has faults; the message lists all of them.
+        SystemExit: with status 2 if the arguments can't be understood, or the plan has faults; all of them are told.
     """
     parser = _parser()
     asked = parser.parse_args(arguments)
     for name in ("stages", "ranks", "mini_batches", "micro_batches", "accumulate", "slots"):
         if (number := getattr(asked, name)) is not None and number < 1:
             parser.error(f"{_option(name)} must be at least 1, not {number}.")
-    print(_compared(parser, asked) if asked.compare else _drawn(parser, asked))
+    try:
+        printed = _compared(parser, asked) if asked.compare else _drawn(parser, asked)
+    except PlanError as error:
+        parser.error(str(error))
+    print(printed)
 
 
 def _drawn(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str:
@@ -42,7 +45,7 @@ def _drawn(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> str:
     schedule, stages, batches = _sized(parser, asked)
     plan = schedule.plan(stages, batches)
     if faults := check(plan, schedule):
-        raise PlanError("\n".join(map(str, faults)))
+        parser.error("\n  ".join(["the plan has faults:", *map(str, faults)]))
     if asked.format == "csv":
         return write_csv(plan).rstrip("\n")
     table = Table(schedule, stages, batches, asked.slots)
@@ -68,6 +71,11 @@ def _sized(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> tuple[
     if stages % (asked.ranks or schedule.stages_per_rank):
         held = f"{asked.ranks} ranks" if asked.ranks else f"ranks of {schedule.stages_per_rank}"
         parser.error(f"{stages} stages do not go into {held}: --stages must be a multiple.")
+    if isinstance(schedule, Continuous) and (why := schedule.too_few(stages, schedule.accumulate)):
+        parser.error(
+            f"--versions {schedule.versions.name} with --accumulate {schedule.accumulate}: {why}. Set --accumulate"
+            f" {schedule.lag(0, stages)} or more, or --versions stash, which takes any number."
+        )
     if asked.ranks:
         schedule = replace(schedule, stages_per_rank=stages // asked.ranks)
     return schedule, stages, getattr(asked, f"{right}_batches") or _BATCHES[schedule.unit]

@@ -104,6 +104,9 @@ class TrainingStream:
         self.backwarded = 0
         """The mini-batch that is backwarded next."""
         self._begun = -1
+        self._plans: dict[int, list[Action]] = {}
+        """What a flush schedule does with so many micro-batches: the same for every mini-batch."""
+        self._actions: Iterator[Action] = iter(())
         self._next = _OVER
         if slices is None:
             self._begin_at(0)
@@ -238,14 +241,23 @@ class TrainingStream:
         """Start the plan with mini-batch `number`: at the beginning, after the data ran out, and after each flush."""
         # How many mini-batches there will be is not known to a stream; the source says where they end.
         numbers = self._slices.begin(number) if self._slices else range(number, sys.maxsize // 2)
-        rows = self._schedule.rank_rows(sorted(self.stages), self._num_stages, len(numbers))
-        rows = with_transfers_of_rank(rows, sorted(self.stages), self._num_stages)
-        self._actions: Iterator[Action] = (action for row in rows for action in row)
+        self._actions = self._planned(len(numbers))
         self._next = next(self._actions)
         self._begun, self._first = number, numbers.start
         self._backwards = len(numbers) if self._slices else 1
         for stage in self.stages.values():
             stage.begin_at(numbers.start)
+
+    def _planned(self, count: int) -> Iterator[Action]:
+        if count in self._plans:
+            return iter(self._plans[count])
+        rows = self._schedule.rank_rows(sorted(self.stages), self._num_stages, count)
+        rows = with_transfers_of_rank(rows, sorted(self.stages), self._num_stages)
+        actions = (action for row in rows for action in row)
+        if self._slices is None:
+            return actions
+        self._plans[count] = list(actions)
+        return iter(self._plans[count])
 
     @property
     def _next_stage(self) -> StageStream:

@@ -38,9 +38,12 @@ def read_csv(text: str) -> Plan:
     """The plan that `write_csv` or torch wrote, one action per row.
 
     Raises:
-        PlanError: if a cell is no action or names no stage, or the lines do not hold stages 0, 1, 2, … once each.
+        PlanError: if there is no action, a cell is none or names no stage, or the lines do not hold stages 0, 1, 2, …
+            once each.
     """
     lines = [actions for cells in csv.reader(io.StringIO(text)) if (actions := [*chain(*map(_read_cell, cells))])]
+    if not any(lines):
+        raise PlanError("the plan is empty: write one line for each rank, for example 0F0,0B0.")
     if not any(action.kind is Kind.UPDATE for action in chain(*lines)):
         for actions in lines:
             last = {action.stage: action.batch for action in actions if action.kind.frees}

@@ -45,9 +45,12 @@ class Given(Schedule):
             PlanError: if the file can't be read, or holds no plan.
         """
         try:
-            return cls(read_csv(Path(path).read_text()))
+            text = Path(path).read_text()
+        except UnicodeDecodeError as error:
+            raise PlanError(f"the plan {str(path)!r} can't be read: it is no text.") from error
         except OSError as error:
             raise PlanError(f"the plan {str(path)!r} can't be read: {error.strerror}.") from error
+        return cls(read_csv(text))
 
     @property
     def versions(self) -> VersionPolicy:

@@ -51,6 +51,16 @@ class Schedule(ABC):
         """The rows that a stage is ahead of the last one: its forwards run so far ahead of its backwards."""
         return num_stages - 1 - stage
 
+    def too_few(self, num_stages: int, accumulate: int) -> str | None:
+        """Why `accumulate` mini-batches per update are too few for the versions to be enough; None if they are not."""
+        least = self.lag(0, num_stages)
+        if not self.versions.of_window or accumulate >= least:
+            return None
+        return (
+            f"for two versions to be enough, at least {least} mini-batches must share an update, as many as stage 0 of"
+            f" {num_stages} is ahead"
+        )
+
     def held(self, num_stages: int) -> Held:
         """Which stages each rank holds.
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from lightning_cpipe.schedules.action import Row, forward, input_gradient, update, weight_gradient
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.flushed import Flushed
+from lightning_cpipe.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class ZeroBubble(Flushed):
             turns = ((forward, step + ahead), (input_gradient, step), (weight_gradient, step - stage))
             yield tuple(action(batch) for action, batch in turns if 0 <= batch < num_batches)
         yield (update(num_batches - 1),)
+
+    # Its forwards run ahead of its backwards by `lag` rows.
+    rows_in_turn = Schedule.rows_in_turn
 
     def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
         """``p`` on every stage, or all of them where they are fewer."""

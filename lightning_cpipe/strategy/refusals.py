@@ -21,7 +21,7 @@ from torch import nn
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.probe.probe import Check
-from lightning_cpipe.schedules import SCHEDULES, Given
+from lightning_cpipe.schedules import Given, GPipe, Interleaved, OneFOneB, ZeroBubble
 from lightning_cpipe.schedules.as_one_step import not_one_step
 from lightning_cpipe.schedules.check import Fault, check
 from lightning_cpipe.schedules.continuous import Continuous
@@ -36,6 +36,9 @@ LATER = "A later version will support it."
 
 _WATCHED_BY_WANDB = "_wandb_hook_names"
 """What W&B writes on a module that it watches."""
+
+_TESTED = (Continuous, GPipe, OneFOneB, Interleaved, ZeroBubble)
+"""Schedules whose plans the tests check, so that no run needs to: with many micro-batches that takes seconds."""
 
 _TOLD_FAULTS = 5
 """So many of a plan's faults are told; one mistake makes many."""
@@ -185,9 +188,9 @@ def reasons_in_replicas(asked: Options, num_processes: int, module: pl.Lightning
 
 
 def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stages: int) -> Iterator[str]:
-    """Why a pipeline of these sizes can't run the plan of a user; the schedules of this package are tested."""
+    """Why a pipeline of these sizes can't run the plan of a user, or of a schedule that was added."""
     words, m = in_words(asked), asked.num_microbatches
-    if num_stages % num_ranks:
+    if num_stages % num_ranks or type(schedule) in _TESTED:
         return
     # A mini-batch with fewer samples has fewer micro-batches; a given plan runs what is left of it.
     sizes = range(1, m + 1)
@@ -201,7 +204,7 @@ def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stag
                 f" on {num_ranks}. Set `num_stages` and `devices`, or write a plan of that size."
             )
     try:
-        for size in () if type(schedule) in SCHEDULES.values() else sizes:
+        for size in sizes:
             if faults := _faults(schedule, num_stages, size):
                 told = "; ".join(map(str, faults[:_TOLD_FAULTS]))
                 more = f"; and {len(faults) - _TOLD_FAULTS} more" if len(faults) > _TOLD_FAULTS else ""
@@ -275,18 +278,17 @@ def reasons_in_trainer(
 
 def reasons_in_accumulation(trainer: pl.Trainer, schedule: Schedule, num_stages: int) -> Iterator[str]:
     """Whether enough mini-batches share an update, at all times."""
-    if not trainer.training or not schedule.versions.of_window:
+    if not trainer.training:
         return
     numbers = [trainer.accumulate_grad_batches]
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             numbers = list(callback.scheduling.values())
-    least = schedule.lag(0, num_stages)
-    if min(numbers) < least:
+    if why := schedule.too_few(num_stages, min(numbers)):
         yield (
-            f"versions={schedule.versions.name!r} with accumulate_grad_batches={min(numbers)}: for two versions to be"
-            f" enough, at least {least} mini-batches must share an update, as many as stage 0 of {num_stages} is ahead."
-            f" Set accumulate_grad_batches={least} or more, or versions='stash', which takes any number."
+            f"versions={schedule.versions.name!r} with accumulate_grad_batches={min(numbers)}: {why}. Set"
+            f" accumulate_grad_batches={schedule.lag(0, num_stages)} or more, or versions='stash', which takes any"
+            " number."
         )
 
 

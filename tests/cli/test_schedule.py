@@ -13,7 +13,6 @@ import pytest
 
 from lightning_cpipe import __version__
 from lightning_cpipe.cli.main import main
-from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules import SCHEDULES, Continuous
 from lightning_cpipe.schedules.action import Kind, Row
 from lightning_cpipe.schedules.table import Table
@@ -187,6 +186,11 @@ def test_svg_is_a_picture_with_a_rectangle_for_every_cell(cpipe: Cpipe) -> None:
         ),
         (["--accumulate", "0"], "--accumulate must be at least 1, not 0."),
         (["--schedule", "gpipe", "--versions", "2bw"], "--versions is for --schedule continuous, not gpipe."),
+        (
+            ["--versions", "2bw", "--stages", "4"],
+            "--versions 2bw with --accumulate 1: for two versions to be enough, at least 3 mini-batches must share an"
+            " update, as many as stage 0 of 4 is ahead. Set --accumulate 3 or more, or --versions stash",
+        ),
         (["--versions", "newest"], "argument --versions: there is no policy 'newest'; there are: stash, latest, vert"),
         (["--schedule", "no.csv"], "argument --schedule: the plan 'no.csv' can't be read: No such file"),
         (["--compare", "--format", "svg"], "--compare prints a table: --format text or markdown."),
@@ -213,7 +217,9 @@ def test_an_unknown_schedule_is_refused_with_all_names(cpipe: Cpipe) -> None:
     assert all(name in said.splitlines()[-1] for name in ("continuous", "gpipe", "1f1b", "interleaved", "zb", ".csv"))
 
 
-def test_a_schedule_with_faults_is_not_drawn_and_all_of_them_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_schedule_with_faults_is_not_drawn_and_all_of_them_are_listed(
+    cpipe: Cpipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Forgetful(Continuous):
         name = "forgetful"
 
@@ -222,12 +228,12 @@ def test_a_schedule_with_faults_is_not_drawn_and_all_of_them_are_listed(monkeypa
                 yield tuple(action for action in row if action.kind is not Kind.UPDATE)
 
     monkeypatch.setitem(SCHEDULES, "forgetful", Forgetful)
-    with pytest.raises(PlanError) as caught:
-        main(["schedule", "--schedule", "forgetful", "--stages", "2", "--mini-batches", "2"])
-    assert str(caught.value).splitlines() == [
-        "stage 0: never updates",
-        "stage 1: never updates",
-        "stage 1: F1 finds version 0 where version 1 is promised",
+    said = cpipe.refused("schedule", "--schedule", "forgetful", "--stages", "2", "--mini-batches", "2")
+    assert said.partition("cpipe schedule: error: ")[2].splitlines() == [
+        "the plan has faults:",
+        "  stage 0: never updates",
+        "  stage 1: never updates",
+        "  stage 1: F1 finds version 0 where version 1 is promised",
     ]
 
 
@@ -281,17 +287,38 @@ def test_a_plan_is_written_as_csv_and_read_checked_and_drawn_from_there(cpipe: C
     assert "a plan in a file has its own size: leave out --stages" in said
 
 
-def test_the_faults_of_a_plan_in_a_file_are_listed(tmp_path: Path) -> None:
-    file = tmp_path / "plan.csv"
-    file.write_text("0F0,0F1,0B0\n1F0,1B0,1B1\n")
-    with pytest.raises(PlanError) as caught:
-        main(["schedule", "--schedule", str(file)])
-    assert str(caught.value).splitlines() == [
-        "stage 1, row 2: B1 before F1",
-        "stage 0: F1 has no B1",
-        "stage 0: F1 as its F number 1, but stage 1 nothing",
-        "stage 0: nothing as its B number 1, but stage 1 B1",
-    ]
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        (
+            b"0F0,0F1,0B0\n1F0,1B0,1B1\n",
+            [
+                "the plan has faults:",
+                "  stage 1, row 2: B1 before F1",
+                "  stage 0: F1 has no B1",
+                "  stage 0: F1 as its F number 1, but stage 1 nothing",
+                "  stage 0: nothing as its B number 1, but stage 1 B1",
+            ],
+        ),
+        (
+            b"0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n",
+            [
+                "the plan has faults:",
+                *(f"  stage {s}, row 1: RECV_{a} waits for ever" for s, a in ((0, "B0"), (1, "F1"))),
+            ],
+        ),
+        (b"", ["argument --schedule: the plan is empty: write one line for each rank, for example 0F0,0B0."]),
+        (b"\n,,\n", ["argument --schedule: the plan is empty: write one line for each rank, for example 0F0,0B0."]),
+        (b"\xff", ["argument --schedule: the plan 'plan.csv' can't be read: it is no text."]),
+    ],
+)
+def test_the_faults_of_a_plan_in_a_file_are_listed(
+    cpipe: Cpipe, text: bytes, faults: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plan.csv").write_bytes(text)
+    said = cpipe.refused("schedule", "--schedule", "plan.csv")
+    assert said.partition("cpipe schedule: error: ")[2].splitlines() == faults
 
 
 def test_all_schedules_are_compared(cpipe: Cpipe) -> None:

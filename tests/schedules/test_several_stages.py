@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules import Continuous, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble
-from lightning_cpipe.schedules.action import Action
+from lightning_cpipe.schedules.action import Action, Row, backward, forward, update
 from lightning_cpipe.schedules.check import check
 from lightning_cpipe.schedules.clock import span
+from lightning_cpipe.schedules.flushed import Flushed
 from lightning_cpipe.schedules.placement import interleaved, neighbouring
-from lightning_cpipe.schedules.plan import Plan
+from lightning_cpipe.schedules.plan import Held, Plan
 from lightning_cpipe.schedules.transfers import with_transfers
 
 SCHEDULES = [
@@ -134,6 +137,44 @@ def test_the_continuous_schedule_idles_in_the_fill_and_drain_only(v: int) -> Non
     schedule = Continuous(stages_per_rank=v)
     in_run = [schedule.idle_slots(4 * v, n) for n in (50, 51, 500)]
     assert in_run == [3 * (v * v - v + 2)] * 3
+
+
+@dataclass(frozen=True)
+class InOrder(Flushed):
+    """Backwards come in the order of forwards: no lag, and no turns that would suit. Stages lie apart."""
+
+    name: ClassVar[str] = "in-order"
+    at_once: frozenset[int] = frozenset()
+    """Stages that backward each micro-batch before they forward the next one."""
+
+    def held(self, num_stages: int) -> Held:
+        return interleaved(num_stages, self.stages_per_rank)
+
+    def rows(self, stage: int, num_stages: int, num_batches: int) -> Iterator[Row]:
+        rows = [(forward(batch),) for batch in range(num_batches)]
+        backwards = [(backward(batch),) for batch in range(num_batches)]
+        both = zip(rows, backwards) if stage in self.at_once else (rows, backwards)
+        yield from itertools.chain(*both, [(update(num_batches - 1),)])
+
+    def in_flight(self, stage: int, num_stages: int, num_batches: int) -> int:
+        return num_batches
+
+
+@BOTH_RULES
+def test_a_flush_schedule_without_turns_of_its_own_has_no_faults(sends_wait: bool) -> None:
+    assert str(InOrder(stages_per_rank=2).plan(2, 2)) == (
+        "0 1 | 0F0 | 1F0 | 0F1 | 1F1 | 1B0 | 0B0 | 1B1 | 0B1 | 1U1 | 0U1"
+    )
+    for v, ranks, n in SIZES:
+        several = InOrder(stages_per_rank=v)
+        plan = several.plan(v * ranks, n)
+        assert check(plan, several, sends_wait=sends_wait) == [], (v, ranks, n)
+        assert span(plan) == several.slots(v * ranks, n), (v, ranks, n)
+
+
+def test_the_faults_of_stages_that_wait_for_each_other_are_told() -> None:
+    with pytest.raises(PlanError, match="stage 0, row 1: RECV_B0 waits for ever; stage 1, row 1: RECV_F1 waits"):
+        InOrder(stages_per_rank=2, at_once=frozenset({0})).plan(2, 2)
 
 
 def test_stages_of_one_rank_send_each_other_nothing() -> None:

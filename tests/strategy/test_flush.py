@@ -12,7 +12,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torchmetrics import MeanSquaredError
 
 from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
@@ -237,14 +244,28 @@ def test_a_micro_batch_without_a_loss_is_refused() -> None:
     assert "zero times something of the model" in said
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.full)])
+SAME_AS = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zb": ScheduleInterleavedZeroBubble,
+}
+"""torch's schedules, the last two with two stages per rank."""
+
+
+@pytest.mark.parametrize(
+    "schedule", ["1f1b", *(pytest.param(each, marks=pytest.mark.full) for each in SAME_AS if each != "1f1b")]
+)
 def test_one_update_is_that_of_torch(schedule: str) -> None:
+    several = issubclass(SAME_AS[schedule], PipelineScheduleMulti)
+    cuts = ["net.1", "net.2", "net.3"] if several else ["net.2"]
     train = partial(noise_loader, 8, 8)
     ours = fit_in_pipeline(
-        2,
+        len(cuts) + 1,
         partial(Chain, optimizer="plain_sgd"),
         train,
-        strategy={"schedule": schedule, "num_microbatches": 4, "split_points": ["net.2"]},
+        devices=2,
+        strategy={"schedule": schedule, "num_microbatches": 4, "split_points": cuts},
         max_steps=1,
     )[0]
 
@@ -252,9 +273,11 @@ def test_one_update_is_that_of_torch(schedule: str) -> None:
         dist.init_process_group("gloo")
         try:
             net = Chain().net
-            part = net[2 * rank : 2 * rank + 2]
-            stage = PipelineStage(part, rank, 2, torch.device("cpu"))
-            made = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[schedule](stage, 4, nn.functional.mse_loss)
+            parts = (
+                {each: net[each : each + 1] for each in (rank, rank + 2)} if several else {rank: net[2 * rank :][:2]}
+            )
+            stages = [PipelineStage(part, each, len(cuts) + 1, torch.device("cpu")) for each, part in parts.items()]
+            made = SAME_AS[schedule](stages if several else stages[0], 4, nn.functional.mse_loss)
             ((x, y),) = train()
             losses: list[Tensor] = []
             made.step(x) if rank == 0 else made.step(target=y, losses=losses)

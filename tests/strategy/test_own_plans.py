@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lightning_cpipe.schedules import Given, GPipe, OneFOneB, Schedule, ZeroBubble
+from lightning_cpipe.schedules import SCHEDULES, Given, GPipe, OneFOneB, Schedule, ZeroBubble
 from lightning_cpipe.schedules.action import Row, backward, forward, update
 from lightning_cpipe.schedules.exchange import read_csv, write_csv
 from lightning_cpipe.schedules.flushed import Flushed
@@ -115,6 +115,7 @@ def test_a_plan_that_torch_wrote_runs(tmp_path: Path) -> None:
         ("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", {"num_microbatches": 3}, ["num_microbatches=3", "for 2 of them"]),
         ("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0\n", {}, ["stage 3: is the last one of its rank where stage 2 is due"]),
         ("0F0,hello\n", {}, ["'hello' is not an action"]),
+        ("", {}, ["the plan is empty: write one line for each rank"]),
     ],
 )
 def test_a_plan_that_can_not_run_is_refused_by_its_name(
@@ -130,6 +131,14 @@ def test_a_plan_that_can_not_run_is_refused_by_its_name(
 def test_a_schedule_of_ones_own_is_checked_for_every_number_of_micro_batches() -> None:
     (reason,) = refused(Chain(), {"schedule": Forgetful(), "num_microbatches": 3})
     assert "schedule=Forgetful(…): the plan for 2 micro-batches can't run: stage 0: F0 has no B0" in reason
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_schedule_that_was_added_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several stages on a rank."""
+    monkeypatch.setitem(SCHEDULES, "forgetful", Forgetful)
+    (reason,) = refused(Chain(), {"schedule": "forgetful", "num_microbatches": 3, "num_stages": 4})
+    assert "schedule='forgetful': the plan for 2 micro-batches can't run: stage 0: F0 has no B0; stage 1" in reason
 
 
 def test_a_plan_for_fewer_batches_keeps_the_order() -> None:
