@@ -9,6 +9,7 @@ cutting, probing   set-up: look at the module, choose the cuts, agree on them
 run_at_hand        this rank's part of one run: steps, on a stage_run; sharing; hooks
 steps              the steps, of mini-batches ahead of the loop's; elsewhere: for a stage that is not the last
 micro_batches      those of flush schedules; slicing: of a nested batch; one_step: they are one step for Lightning
+loss_weights       what each micro-batch counts for; whole_loss: whether that makes the loss of the mini-batch
 looks              later looks at whether what crosses the cuts is all that counts
 sharing, hooks     what the last stage logs and decides; which hooks run where
 clipping           by norm: of all stages, or of each

@@ -47,6 +47,7 @@ from lightning_cpipe.strategy.loops import (
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.processes import Processes
+from lightning_cpipe.strategy.whole_loss import warn_of_other_loss
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.tree import flatten
 
@@ -267,6 +268,8 @@ def probe_steps(
         _require_same_length(processes, "training loaders", trainer.num_training_batches, of_all=True)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
+        if processes.rank == 0 and num_microbatches > 1:
+            warn_of_other_loss(module, first, device, seed, num_microbatches)
         steps = [training_probe_step(module, first, device, seed, num_microbatches)]
         if trainer.enable_validation:
             steps += _evaluation_probe_step(processes, module, validation_of(trainer), "validation_step", device, seed)

@@ -385,11 +385,14 @@ def overrule_metrics(trainer: pl.Trainer, values: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def logging_for(trainer: pl.Trainer, batch: Any) -> Iterator[None]:
-    """Inside, what the module logs is logged by `training_step`, for this batch instead of the loop's."""
+def logging_for(trainer: pl.Trainer, batch: Any, batch_size: float | None = None) -> Iterator[None]:
+    """Inside, what the module logs is logged by `training_step`, for this batch instead of the loop's.
+
+    In an epoch's means it counts for `batch_size` samples; by default for those that are in it.
+    """
     module, results = trainer.lightning_module, _training_results(trainer)
     before = module._current_fx_name, results.batch, results.batch_size
-    module._current_fx_name, results.batch, results.batch_size = "training_step", batch, None
+    module._current_fx_name, results.batch, results.batch_size = "training_step", batch, batch_size
     try:
         yield
     finally:

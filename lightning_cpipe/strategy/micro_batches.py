@@ -1,21 +1,24 @@
 """The micro-batches of the mini-batch that the training loop is at: what a flush schedule's plan is about.
 
 They are slices of the mini-batch as `training_step` would get it. Each counts in the update by its share of the
-samples, so that for a loss that is a mean over samples the update is that of the whole mini-batch.
+samples, or for what `loss_weights` says, so that the update is that of the whole mini-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_cpipe.engine.mini_batch import Source
 from lightning_cpipe.stage.randomness import derived_seed, seeded
 from lightning_cpipe.strategy.drawn import Drawn
+from lightning_cpipe.strategy.loss_weights import HOOK as WEIGHTS
+from lightning_cpipe.strategy.loss_weights import loss_weights
 from lightning_cpipe.strategy.samples import samples_in
 from lightning_cpipe.strategy.slicing import sliced
 from lightning_cpipe.tree import signature
@@ -29,10 +32,14 @@ class MicroBatch(Drawn):
     """A slice of a mini-batch, in the mini-batch's place.
 
     Attributes:
-        weight: its share of the mini-batch; those of all slices add up to 1.
+        weight: what its loss counts for in that of the mini-batch; at 0, nothing of it counts.
+        total: what all slices count for together; 1 unless the module has weights of its own.
+        samples: for how many samples it counts in an epoch's means; None for those that are in it.
     """
 
     weight: float = 1.0
+    total: float = 1.0
+    samples: float | None = None
 
 
 class MicroBatches:
@@ -43,13 +50,23 @@ class MicroBatches:
         module: may have a `split_batch`.
         most: how many slices a mini-batch has, at most.
         prepare: makes of a mini-batch what `training_step` gets.
+        weighs: whether it matters here what each slice counts for.
     """
 
-    def __init__(self, source: Source, module: pl.LightningModule, most: int, prepare: Callable[[Drawn], Any]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        module: pl.LightningModule,
+        most: int,
+        prepare: Callable[[Drawn], Any],
+        *,
+        weighs: bool = True,
+    ) -> None:
         self._source = source
         self._module = module
         self._most = most
         self._prepare = prepare
+        self._weighs = weighs
         self._sliced: list[Drawn] = []
         self.numbers = range(0)
         """Those of the mini-batch at hand."""
@@ -62,7 +79,7 @@ class MicroBatches:
         if self._most == 1:
             self._sliced = [drawn]
         else:
-            self._sliced = list(micro_batches(drawn, self._prepare(drawn), self._module, self._most))
+            self._sliced = [*micro_batches(drawn, self._prepare(drawn), self._module, self._most, weighs=self._weighs)]
         self.numbers = range(first, first + len(self._sliced))
         return self.numbers
 
@@ -71,24 +88,34 @@ class MicroBatches:
         return self._sliced[number - self.numbers.start] if number in self.numbers else None
 
 
-def micro_batches(drawn: Drawn, prepared: Any, module: pl.LightningModule, most: int) -> list[MicroBatch]:
+def micro_batches(
+    drawn: Drawn, prepared: Any, module: pl.LightningModule, most: int, *, weighs: bool = True
+) -> list[MicroBatch]:
     """The slices of a mini-batch.
 
     Args:
         drawn: the mini-batch.
         prepared: what `training_step` would get.
-        module: may have a `split_batch`.
+        module: may have a `split_batch` and a `loss_weights`.
         most: how many slices.
+        weighs: whether to ask what each counts for; only who has the losses needs to know.
 
     Raises:
-        MisconfigurationException: if it can't be told how to slice it, or `split_batch` returns none, or too many.
+        MisconfigurationException: if it can't be told how to slice it, or `split_batch` returns none, or too many, or
+            `loss_weights` something else than a weight for each.
     """
     users_hook = getattr(module, HOOK, None)
     if users_hook is None:
         slices, sizes = sliced(prepared, most)
     else:
         with seeded(derived_seed(drawn.seed, HOOK)):
-            slices = list(users_hook(prepared, most))
+            returned = users_hook(prepared, most)
+        if not isinstance(returned, Iterable) or isinstance(returned, (Tensor, Mapping, str, bytes)):
+            raise MisconfigurationException(
+                f"`{HOOK}` returned {type(returned).__name__} where num_microbatches={most}: return a list of the"
+                " micro-batches, as many, or fewer for a batch that is too short."
+            )
+        slices = list(returned)
         if not 1 <= len(slices) <= most:
             raise MisconfigurationException(
                 f"`{HOOK}` returned {len(slices)} micro-batches where num_microbatches={most}: return as many, or"
@@ -96,7 +123,12 @@ def micro_batches(drawn: Drawn, prepared: Any, module: pl.LightningModule, most:
             )
         found = [samples_in(each) for each in slices]
         sizes = [1 if None in found else each or 0 for each in found]
-    total = sum(sizes)
+    weights, total, samples = [1.0] * len(slices), 1.0, None
+    if weighs:
+        with seeded(derived_seed(drawn.seed, WEIGHTS)):
+            weights = loss_weights(module, slices, sizes)
+        if hasattr(module, WEIGHTS):
+            total, samples = sum(weights), samples_in(prepared) or 1
     return [
         MicroBatch(
             **{
@@ -107,8 +139,10 @@ def micro_batches(drawn: Drawn, prepared: Any, module: pl.LightningModule, most:
                 # Never one of a mini-batch as its loader gave it.
                 "signature": ("micro-batch", signature(part)),
                 "prepared": [part],
-                "weight": size / total if total else 1 / len(slices),
+                "weight": weight,
+                "total": total,
+                "samples": samples * weight / total if samples and total else None,
             }
         )
-        for place, (part, size) in enumerate(zip(slices, sizes))
+        for place, (part, weight) in enumerate(zip(slices, weights))
     ]

@@ -1,21 +1,30 @@
 """Makes of a step in micro-batches the one step of a mini-batch that Lightning, its loggers and the hooks know.
 
-The loss is the mean of the micro-batches' losses, by their shares of the samples; so is every value that is logged
-for the step, unless its `reduce_fx` says otherwise.
+The loss is the sum of the micro-batches' losses, each times what it counts for; every value that is logged for the step
+is their mean by the same weights, unless its `reduce_fx` says otherwise. A micro-batch that counts for nothing may have
+no loss that is a number: nothing is ever multiplied by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_cpipe.strategy.lightning_private import logging_for, reduction_of, set_step_values, take_step_values
+from lightning_cpipe.strategy.lightning_private import (
+    instead_of,
+    logging_for,
+    reduction_of,
+    set_step_values,
+    take_step_values,
+)
 from lightning_cpipe.strategy.micro_batches import MicroBatch
 
 _REDUCTIONS: dict[str, Callable[..., Any]] = {"max": torch.max, "min": torch.min, "sum": torch.add}
@@ -43,13 +52,19 @@ class OneStep:
     @contextmanager
     def running(self, micro_batch: MicroBatch) -> Iterator[None]:
         """The user's step runs on a micro-batch inside."""
-        with logging_for(self._trainer, micro_batch.prepared[0]):
+        counts = nullcontext() if micro_batch.weight else _without_means(self._trainer.lightning_module)
+        with logging_for(self._trainer, micro_batch.prepared[0], micro_batch.samples), counts:
             yield
         for key, value in take_step_values(self._trainer).items():
             self._logged.setdefault(key, []).append((micro_batch.weight, value))
 
-    def share_of(self, micro_batch: MicroBatch, returned: Any) -> Tensor:
+    def share_of(self, micro_batch: MicroBatch, returned: Any, weights: Iterable[Tensor]) -> Tensor:
         """What a micro-batch's loss adds to that of the step.
+
+        Args:
+            micro_batch: which.
+            returned: by the user's step.
+            weights: that the loss trains here; where no micro-batch counts, they get gradients of zero, as others do.
 
         Raises:
             MisconfigurationException: if its step returned no loss.
@@ -63,7 +78,13 @@ class OneStep:
             )
         if isinstance(returned, Mapping) and micro_batch.number >= max(self._losses, default=0):
             self._extra = {key: value for key, value in returned.items() if key != "loss"}
-        share = loss * micro_batch.weight
+        if micro_batch.weight:
+            share = loss * micro_batch.weight
+        else:
+            # Its backward goes nowhere: in that of its own loss, zero times infinity would not be zero.
+            share = torch.zeros_like(loss.detach()).requires_grad_()
+            if not micro_batch.total:
+                share = share + sum(each.reshape(-1)[:0].sum() for each in weights)
         self._losses[micro_batch.number] = share.detach()
         return share / self._trainer.accumulate_grad_batches
 
@@ -80,14 +101,33 @@ class OneStep:
         return whole
 
 
+@contextmanager
+def _without_means(module: pl.LightningModule) -> Iterator[None]:
+    """Inside, nothing that the module logs goes into a mean; metrics, sums and extremes are logged as ever."""
+    log = module.log
+
+    def unless_mean(name: str, value: Any, *args: Any, **options: Any) -> None:
+        given = inspect.signature(log).bind(name, value, *args, **options)
+        if isinstance(value, Metric) or given.arguments.get("reduce_fx", "mean") not in ("mean", "avg", torch.mean):
+            log(name, value, *args, **options)
+
+    undo = instead_of(module, "log", unless_mean)
+    try:
+        yield
+    finally:
+        undo()
+
+
 def _reduced(values: list[tuple[float, Tensor]], reduction: str) -> Tensor:
     if reduction in _REDUCTIONS:
         whole = values[0][1]
         for _, value in values[1:]:
             whole = _REDUCTIONS[reduction](whole, value)
         return whole
-    mean = sum(value * weight for weight, value in values)
+    # Zero times what is no number would be none; where none counts, all do.
+    counted = [(weight, value) for weight, value in values if weight] or [(1.0, value) for _, value in values]
+    mean = sum(value * weight for weight, value in counted)
     assert isinstance(mean, Tensor)
     # It may have been logged for some of them only.
-    total = sum(weight for weight, _ in values)
+    total = sum(weight for weight, _ in counted)
     return mean if abs(total - 1) < 1e-9 else mean / total

@@ -46,11 +46,13 @@ from lightning_cpipe.tree import copied, flatten, signature
 def training_probe_step(
     module: pl.LightningModule, drawn: Drawn, device: torch.device, seed: int, num_microbatches: int = 1
 ) -> Step:
-    """`training_step` on the first mini-batch that will be trained, or on the first micro-batch of it."""
+    """`training_step` on the first mini-batch that will be trained, or on the first micro-batch of it that counts."""
     with unchanged():
         batch = prepare_batch(module, drawn.batch, device)
         if num_microbatches > 1:
-            drawn = micro_batches(drawn, batch, module, num_microbatches)[0]
+            slices = micro_batches(drawn, batch, module, num_microbatches)
+            # The loss of one that does not count may be no number, which compares with nothing.
+            drawn = next((each for each in slices if each.weight), slices[0])
             batch = drawn.batch
     arguments = training_arguments(module.trainer, batch, drawn.index)
     return _step(module, "training_step", arguments, seed, drawn.signature)

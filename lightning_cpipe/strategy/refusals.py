@@ -95,12 +95,14 @@ def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> 
     except PlanError as error:
         yield f"{written}: {error}"
         flushes = False
-    if asked.num_microbatches < 1:
+    if not _is_whole(asked.num_microbatches):
+        yield f"num_microbatches={asked.num_microbatches!r}: it must be a whole number, of 1 or more."
+    elif asked.num_microbatches < 1:
         yield f"num_microbatches={asked.num_microbatches}: the least is 1."
     elif asked.num_microbatches != 1 and not flushes:
         yield (
             f"num_microbatches={asked.num_microbatches}: the continuous schedule streams whole mini-batches. Leave it"
-            " out, or set schedule='1f1b', 'gpipe' or 'zb', which slice them."
+            " out, or set schedule='1f1b', 'gpipe', 'interleaved' or 'zb', which slice them."
         )
     if asked.versions not in POLICIES:
         yield f"versions={asked.versions!r}: there is none of that name; there are {', '.join(map(repr, POLICIES))}."
@@ -187,10 +189,15 @@ def reasons_in_replicas(asked: Options, num_processes: int, module: pl.Lightning
         )
 
 
+def _is_whole(number: object) -> bool:
+    """Whether it is a whole number, and no truth value."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stages: int) -> Iterator[str]:
     """Why a pipeline of these sizes can't run the plan of a user, or of a schedule that was added."""
     words, m = in_words(asked), asked.num_microbatches
-    if num_stages % num_ranks or type(schedule) in _TESTED:
+    if num_stages % num_ranks or not _is_whole(m) or type(schedule) in _TESTED:
         return
     # A mini-batch with fewer samples has fewer micro-batches; a given plan runs what is left of it.
     sizes = range(1, m + 1)

@@ -21,9 +21,9 @@ _TOLD = (
 def sliced(batch: Any, most: int) -> tuple[list[Any], list[int]]:
     """A batch in `most` slices, fewer where it has fewer samples; their sizes differ by at most one.
 
-    Every tensor must have as many rows as there are samples; strings, one for each sample, are sliced, too. A tensor
-    without a dimension and any other number or string is the same in all slices. What holds them may be nested:
-    mappings, lists, tuples, dataclasses.
+    Every tensor must have as many rows as there are samples; strings, one for each sample, and lists of numbers, one
+    for each, are sliced, too. A tensor without a dimension and any other number or string is the same in all slices.
+    What holds them may be nested: mappings, lists, tuples, dataclasses.
 
     Returns:
         The slices, and the number of samples in each.
@@ -66,7 +66,9 @@ def _part(node: Any, size: int, rows: slice) -> Any:
     if isinstance(node, Tensor):
         return node[rows] if node.ndim else node
     if isinstance(node, (list, tuple)):
-        if len(node) == size and all(isinstance(value, (str, bytes)) for value in node):
+        # A tuple of numbers is rather one thing for all samples, such as the size of an image.
+        of_samples = (str, bytes, numbers.Number) if isinstance(node, list) else (str, bytes)
+        if len(node) == size and all(isinstance(value, of_samples) for value in node):
             return node[rows]
         parts = [_part(value, size, rows) for value in node]
         return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)

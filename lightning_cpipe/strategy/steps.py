@@ -94,7 +94,9 @@ class Steps:
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
         source = fetcher_of(self._trainer)
         if num_microbatches is not None:
-            self._micro_batches = MicroBatches(source, self._lightning_module, num_microbatches, self._prepared)
+            self._micro_batches = MicroBatches(
+                source, self._lightning_module, num_microbatches, self._prepared, weighs=self._run.has_last
+            )
         training = self._run.train(schedule, source, self._run_training_step, self._micro_batches, sums, keep=keep)
         if self._several and looks:
             for stage, stream in training.stages.items():

@@ -130,7 +130,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             `lightning_cpipe.schedules.flushed.Flushed`: either is checked first.
         num_microbatches: slices of a mini-batch in flush schedules, fewer where it has fewer samples; a plan in a file
             says itself for how many it is. A batch is sliced along the first dimension of its tensors, or by the
-            module's own `split_batch(batch, num_microbatches)`, which returns the slices.
+            module's own `split_batch(batch, num_microbatches)`, which returns the slices. The loss of each counts by
+            its samples, as in a mean over samples; for other losses, the module's `loss_weights(micro_batches)` returns
+            what each counts for.
         split_points: names of the modules that begin stages 1, 2, …; or ``auto`` to balance the stages.
         memory_limit: what each stage may take while it trains: weights, gradients, optimizer, weight versions and the
             activations of all mini-batches in flight. ``16GB`` (10^9 bytes each), ``16GiB`` (2^30), or a number of
@@ -224,7 +226,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._options = Options(
             num_stages=num_stages,
             data_parallel_size=data_parallel_size,
-            schedule=schedule,
+            schedule=os.fspath(schedule) if isinstance(schedule, os.PathLike) else schedule,
             num_microbatches=num_microbatches,
             split_points=split_points,
             memory_limit=memory_limit,

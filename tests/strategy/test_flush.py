@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
@@ -228,6 +229,67 @@ def test_a_module_slices_its_own_batches() -> None:
     assert seen[0].losses == pytest.approx(plain.losses, rel=1e-6)
     for name, weight in plain.weights.items():
         torch.testing.assert_close(seen[0].weights[name], weight, rtol=1e-5, atol=1e-7)
+
+
+IGNORED = -100
+
+
+class BySamples(Chain):
+    """Its loss is a mean over the rows that are not ignored, or a sum; its slices count by their samples."""
+
+    reduction = "mean"
+
+    def __init__(self) -> None:
+        super().__init__(optimizer="adamw")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y, ignore_index=IGNORED, reduction=self.reduction)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+class OverTokens(BySamples):
+    def loss_weights(self, micro_batches: list[tuple[Tensor, Tensor]]) -> list[float]:
+        counts = [int((y != IGNORED).sum()) for _, y in micro_batches]
+        return [count / max(1, sum(counts)) for count in counts]
+
+
+class Summed(BySamples):
+    reduction = "sum"
+
+    def loss_weights(self, micro_batches: list[Any]) -> list[float]:
+        return [1.0] * len(micro_batches)
+
+
+def padded_loader() -> DataLoader[tuple[Tensor, ...]]:
+    """Two batches of six; in the first one the middle third is all ignored, in the second one the first third."""
+    x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(3))
+    y = torch.tensor([1, 2, IGNORED, IGNORED, 3, IGNORED, IGNORED, IGNORED, 0, 1, 2, IGNORED])
+    return DataLoader(TensorDataset(x, y), 6)
+
+
+@pytest.mark.parametrize(
+    ("module", "schedule"),
+    [(OverTokens, "gpipe"), (OverTokens, "zb"), (Summed, "1f1b")],
+)
+def test_losses_count_for_what_the_module_says(module: type[BySamples], schedule: str) -> None:
+    """A slice of ignored rows, whose mean is no number, adds nothing."""
+    strategy = {"schedule": schedule, "num_microbatches": 3}
+    seen = fit_in_pipeline(2, module, padded_loader, strategy=strategy, max_epochs=EPOCHS)
+    plain = fit_alone(module, padded_loader, max_epochs=EPOCHS)
+    for each in seen:
+        assert each.losses == pytest.approx(plain.losses, rel=1e-6)
+    torch.testing.assert_close(seen[0].weights, plain.weights, rtol=0, atol=1e-6)
+    if module is OverTokens:
+        assert seen[0].metrics == pytest.approx(plain.metrics, rel=1e-6)
+
+
+def test_losses_that_do_not_make_up_that_of_the_mini_batch_are_told_of() -> None:
+    """Only the second third, which has no rows that count, is no number."""
+    strategy = {"schedule": "gpipe", "num_microbatches": 3}
+    with pytest.raises(Exception, match=r"a loss of .* for the first mini-batch, and its 3 micro-batches give nan"):
+        fit_in_pipeline(1, BySamples, padded_loader, strategy=strategy, max_epochs=1)
 
 
 class Returns(Chain):

@@ -6,6 +6,7 @@ import multiprocessing.process
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,7 +45,14 @@ OPTIONS = [
     ({"schedule": "zigzag"}, ["schedule='zigzag'", "there are: continuous, gpipe, 1f1b, inter"], False),
     ({"schedule": Continuous()}, ["schedule=Continuous(…)", "by name", "schedule='continuous'"], False),
     ({"schedule": GPipe}, ["schedule=<class", "give a name, the path of a plan", "an object of"], False),
-    ({"num_microbatches": 4}, ["num_microbatches=4", "whole mini-batches", "schedule='1f1b', 'gpipe' or 'zb'"], False),
+    (
+        {"num_microbatches": 4},
+        ["num_microbatches=4", "whole mini-batches", "'1f1b', 'gpipe', 'interleaved' or 'zb'"],
+        False,
+    ),
+    ({"schedule": "1f1b", "num_microbatches": "4"}, ["num_microbatches='4'", "a whole number"], False),
+    ({"schedule": "1f1b", "num_microbatches": 2.5}, ["num_microbatches=2.5", "a whole number"], False),
+    ({"schedule": Path("own.csv")}, ["schedule='own.csv'", "the plan 'own.csv' can't be read: No such file"], False),
     ({"schedule": "1f1b", "num_microbatches": 0}, ["num_microbatches=0", "the least is 1"], False),
     ({"schedule": "gpipe", "versions": "latest"}, ["versions='latest'", "'gpipe'", "Leave it out"], False),
     ({"schedule": "1f1b", "extra_in_flight": 1}, ["extra_in_flight=1", "'1f1b'", "Leave it out"], False),

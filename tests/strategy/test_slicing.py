@@ -51,6 +51,8 @@ def test_what_holds_the_tensors_stays_what_it_is() -> None:
         "none": None,
         "word": "five!",
         "words": ["not", "one", "each"],
+        "lengths": [1, 2, 3, 4, 5],
+        "size": (1, 2, 3, 4, 5),
     }
     (first, second), _ = sliced(batch, 2)
     assert isinstance(first["pair"], Pair)
@@ -63,7 +65,9 @@ def test_what_holds_the_tensors_stays_what_it_is() -> None:
     assert isinstance(first["encoding"], UserDict)
     assert torch.equal(first["encoding"]["ids"], ROWS[:3])
     assert (first["names"], second["names"]) == (list("abc"), list("de"))
+    assert (first["lengths"], second["lengths"]) == ([1, 2, 3], [4, 5])
     for each in (first, second):
+        assert each["size"] == (1, 2, 3, 4, 5), "one thing of all samples"
         assert each["scalar"] is batch["scalar"]
         assert (each["number"], each["none"], each["word"], each["words"]) == (4, None, "five!", ["not", "one", "each"])
     assert len(batch["encoding"]["ids"]) == 5, "the batch itself is as it was"
@@ -113,6 +117,40 @@ def test_too_many_slices_and_none_are_refused(count: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(Splits, "split_batch", lambda self, batch, num_microbatches: [batch] * count)
     with pytest.raises(MisconfigurationException, match=f"returned {count} micro-batches where num_microbatches=2"):
         micro_batches(drawn(0, ROWS), ROWS, Splits(), 2)
+
+
+@pytest.mark.parametrize("returned", [None, ROWS, {"x": ROWS}])
+def test_what_is_no_list_of_slices_is_refused(returned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Splits, "split_batch", lambda self, batch, num_microbatches: returned)
+    with pytest.raises(MisconfigurationException, match=f"`split_batch` returned {type(returned).__name__} where"):
+        micro_batches(drawn(0, ROWS), ROWS, Splits(), 2)
+
+
+class Weighs(pl.LightningModule):
+    """Says what each slice counts for."""
+
+    returned: Any = (0.25, 0.5)
+
+    def loss_weights(self, micro_batches: list[Tensor]) -> Any:
+        assert [len(each) for each in micro_batches] == [3, 2]
+        return self.returned
+
+
+def test_the_module_s_own_weights_are_used_where_there_is_a_loss() -> None:
+    found = micro_batches(drawn(0, ROWS), ROWS, Weighs(), 2)
+    assert [each.weight for each in found] == [0.25, 0.5]
+    assert [each.total for each in found] == [0.75] * 2
+    # In an epoch's means the five samples are shared out by them.
+    assert [each.samples for each in found] == pytest.approx([5 / 3, 10 / 3])
+    elsewhere = micro_batches(drawn(0, ROWS), ROWS, Weighs(), 2, weighs=False)
+    assert [each.samples for each in elsewhere] == [None] * 2
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, "ab", [1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, None]])
+def test_weights_must_be_finite_and_one_for_each(returned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Weighs, "returned", returned)
+    with pytest.raises(MisconfigurationException, match=r"`loss_weights` returned .* for 2 micro-batches: return a"):
+        micro_batches(drawn(0, ROWS), ROWS, Weighs(), 2)
 
 
 class Data:
