@@ -65,6 +65,11 @@ def backward_in_halves(outputs: Sequence[tuple[Tensor, Tensor]], received: Seque
     return partial(_second_half, starts)
 
 
+def leaves_reached(output: Tensor) -> set[Tensor]:
+    """The leaves that get a gradient in a backward from `output`."""
+    return set() if output.grad_fn is None else _leaves([output.grad_fn])
+
+
 @dataclass(eq=False)
 class _Start:
     """Where a part of the second half begins.

@@ -33,12 +33,10 @@ class MicroBatch(Drawn):
 
     Attributes:
         weight: what its loss counts for in that of the mini-batch; at 0, nothing of it counts.
-        total: what all slices count for together; 1 unless the module has weights of its own.
         samples: for how many samples it counts in an epoch's means; None for those that are in it.
     """
 
     weight: float = 1.0
-    total: float = 1.0
     samples: float | None = None
 
 
@@ -140,7 +138,6 @@ def micro_batches(
                 "signature": ("micro-batch", signature(part)),
                 "prepared": [part],
                 "weight": weight,
-                "total": total,
                 "samples": samples * weight / total if samples and total else None,
             }
         )

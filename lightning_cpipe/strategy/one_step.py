@@ -8,7 +8,7 @@ no loss that is a number: nothing is ever multiplied by it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_cpipe.stage.halves import leaves_reached
 from lightning_cpipe.strategy.lightning_private import (
     instead_of,
     logging_for,
@@ -58,13 +59,8 @@ class OneStep:
         for key, value in take_step_values(self._trainer).items():
             self._logged.setdefault(key, []).append((micro_batch.weight, value))
 
-    def share_of(self, micro_batch: MicroBatch, returned: Any, weights: Iterable[Tensor]) -> Tensor:
+    def share_of(self, micro_batch: MicroBatch, returned: Any) -> Tensor:
         """What a micro-batch's loss adds to that of the step.
-
-        Args:
-            micro_batch: which.
-            returned: by the user's step.
-            weights: that the loss trains here; where no micro-batch counts, they get gradients of zero, as others do.
 
         Raises:
             MisconfigurationException: if its step returned no loss.
@@ -81,10 +77,9 @@ class OneStep:
         if micro_batch.weight:
             share = loss * micro_batch.weight
         else:
-            # Its backward goes nowhere: in that of its own loss, zero times infinity would not be zero.
-            share = torch.zeros_like(loss.detach()).requires_grad_()
-            if not micro_batch.total:
-                share = share + sum(each.reshape(-1)[:0].sum() for each in weights)
+            # In the backward of its own loss, zero times infinity would not be zero. This one reaches the same leaves.
+            nothing = [leaf.reshape(-1)[:0].sum().real for leaf in leaves_reached(loss)]
+            share = torch.zeros_like(loss).detach().requires_grad_() + sum(nothing)
         self._losses[micro_batch.number] = share.detach()
         return share / self._trainer.accumulate_grad_batches
 
