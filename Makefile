@@ -14,6 +14,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE := recipes/digits.yaml
+# Most tests wait for processes of their own; files go to as many workers as there are cores, four at most.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 export TORCH
 # uv does not read pip's settings.
@@ -29,7 +31,7 @@ demo: $(READY) ## train a small classifier in 4 stages on the CPU; needs no acco
 	$(BIN)/cpipe fit --config $(RECIPE)
 
 test: $(READY) ## run the tests; for some of them: make test ARGS="-k schedule"
-	$(BIN)/python -m pytest -m "not full" $(ARGS)
+	$(BIN)/python -m pytest -m "not full" $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(READY) ## check style and format
 	$(BIN)/python -m ruff check .

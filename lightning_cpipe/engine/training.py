@@ -99,6 +99,8 @@ class TrainingStream:
         self._sums = sums or {}
         self._averaging = averaging
         self._backwards = 1
+        self.updates = 0
+        """Updates that have begun, over all runs of the stream."""
         self.updated = -1
         """The mini-batch, or the first micro-batch, of the update that began last."""
         self.backwarded = 0
@@ -183,6 +185,7 @@ class TrainingStream:
     def begin_update(self, number: int) -> None:
         """The optimizer is about to step, with the gradient of mini-batch `number`."""
         self.updated = self._first if self._slices else number
+        self.updates += 1
         self._timeline.begin_update(self.updated)
         for stage in self.stages.values():
             stage.make_room_for_update()

@@ -72,8 +72,8 @@ class Snapshots:
 
         Only of what has changed since training began. Copies.
         """
-        if self._to_put:
-            # Nothing was forwarded since.
+        if 0 in self._to_put:
+            # Nothing was forwarded since. (The last entry stays for as long as no new mini-batch comes.)
             return [dict(each) for each in self._to_put.values()]
         *before, now = moments = [*self._before.values(), self._now()]
         first = self._first or now

@@ -49,6 +49,9 @@ class Averages:
         self._stages = processes.stages
         self._averages = averages_of(callbacks_of(trainer))
 
+    def __len__(self) -> int:
+        return len(self._averages)
+
     def take_apart(self) -> None:
         """Cut the copies like the module, whose numbers they have: rank 0's, where each rank made its own.
 

@@ -114,7 +114,7 @@ class InTime(Norms):
         own = [norm_of(each) for each in self._by_stage.gradients(optimizer)]
         if clip == "stage":
             return own
-        if self._told_in != (update := self._training.updated):
+        if self._told_in != (update := self._training.updates):
             self._known = self._training.tell(NORMS, [norm.to(self._device, torch.float64) ** 2 for norm in own])
             self._told_in = update
         squares = [known.onward + known.before if clip == "lagged" else known.onward for known in self._known]

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_cpipe.engine.training import Kept
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.schedule import Schedule
-from lightning_cpipe.stage.randomness import set_state, state_from_plain, state_in_plain
+from lightning_cpipe.stage.randomness import Stream, set_state, state_from_plain, state_in_plain
 from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State, on_cpu
 from lightning_cpipe.strategy.lightning_private import (
     known_metrics,
@@ -39,13 +39,17 @@ class ExactResume:
         run: the stages.
         steps: of the run.
         schedule: who does what, when.
+        evaluations: what their loaders draw from; None with one stage.
     """
 
-    def __init__(self, trainer: pl.Trainer, run: StageRun, steps: Steps, schedule: Schedule) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, run: StageRun, steps: Steps, schedule: Schedule, evaluations: Stream | None
+    ) -> None:
         self._trainer = trainer
         self._run = run
         self._steps = steps
         self._schedule = schedule
+        self._evaluations = evaluations
         self._saved: State | None = None
 
     # ---- saving ----
@@ -60,6 +64,8 @@ class ExactResume:
             "random": {self._run.stages[-1]: state_in_plain(self._steps.random_state)},
         }
         if self._run.has_last:
+            if self._evaluations is not None:
+                part["random_of_evaluations"] = state_in_plain(self._evaluations.state)
             callback, logged = known_metrics(self._trainer)
             part |= {
                 "plan": self.plan,
@@ -136,6 +142,8 @@ class ExactResume:
         self._run.training.put_back(Kept(saved["stages"], saved["ties"], saved["sums"]))
         self._steps.seed = fetcher_of(self._trainer).seed = saved["seed"]
         self._steps.evaluations = saved["evaluations"]
+        if self._evaluations is not None:
+            self._evaluations.state = state_from_plain(saved["random_of_evaluations"])
         learn_metrics(self._trainer, saved["metrics"]["callback"], saved["metrics"]["logged"])
 
     def begin_epoch(self, resumed_at: int) -> None:

@@ -82,11 +82,12 @@ class Processes:
             self.counterparts = Counterparts(self.control, self.rank, len(held), num_replicas, device, self._backend)
         self.shards: dist.ProcessGroup | None = None
         """Of the ranks of the first pipeline, for what they write together in the background."""
+        self._groups: list[dist.ProcessGroup] = []
         # Those of other pipelines hold the same weights, and send nothing.
         self.parcels = Parcels(self.control, self.rank, len(held))
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(
-            self, _let_go_of, self._wiring, self.counterparts, self.parcels, self.control, self._ending
+            self, _let_go_of, self._wiring, self.counterparts, self._groups, self.parcels, self.control, self._ending
         )
         self._letting_go.atexit = False
 
@@ -119,6 +120,8 @@ class Processes:
         """Make the group for what the first pipeline's ranks write together; all ranks must call it."""
         if len(self.held) > 1 and self.shards is None:
             self.shards = dist.new_group(list(range(len(self.held))), backend="gloo", timeout=NEVER)
+            if self.replica == 0:
+                self._groups.append(self.shards)
 
     def begin(self, silence_s: float, words_folder: Path | None) -> None:
         """Watch each other from here on.
@@ -248,9 +251,16 @@ def named_stages(rank: int, held: Held, num_replicas: int) -> str:
 
 
 def _let_go_of(
-    wiring: Wiring | None, counterparts: Counterparts | None, parcels: Parcels, control: Control, ending: Ending
+    wiring: Wiring | None,
+    counterparts: Counterparts | None,
+    groups: list[dist.ProcessGroup],
+    parcels: Parcels,
+    control: Control,
+    ending: Ending,
 ) -> None:
     parcels.close()
+    for group in groups if dist.is_initialized() else ():
+        dist.destroy_process_group(group)
     for each in (wiring, counterparts):
         if each is not None:
             each.close()

@@ -17,7 +17,7 @@ from lightning_cpipe.engine.decisions import Decisions
 from lightning_cpipe.engine.pipelines import Pipelines
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.strategy.lightning_private import known_metrics, overrule_metrics
-from lightning_cpipe.strategy.sharing import STEP, Alone, Listener, Sharing, Speaker, Word, numbers_of
+from lightning_cpipe.strategy.sharing import STEP, Alone, Listener, Sharing, Speaker, Word, numbers_of, tensors_of
 from lightning_cpipe.strategy.signals import Signals
 
 
@@ -66,6 +66,10 @@ class Relay(Listener):
         heard = super().agree(topic, content)
         self._own.tell(topic, heard)
         return heard
+
+    @override
+    def returned(self, outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [tensors_of(each) for each in self.agree("returned", None)]
 
     @override
     def _listen(self, topic: str) -> Word:

@@ -538,11 +538,12 @@ class ContinuousPipeStrategy(ParallelStrategy):
             undo += show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
         keeps = self._options.exact_resume and fitting
-        exact = ExactResume(trainer, stage_run, steps, schedule) if keeps else None
+        exact = ExactResume(trainer, stage_run, steps, schedule, self._evaluation_stream) if keeps else None
         parcels = self.processes.parcels
-        # Of a save: weights, optimizer's state, what is in flight, and on rank 0 the file. It may be ahead of the first
-        # stage, and save in each of its steps.
+        # Of a save: weights, optimizer's state, averages, what is in flight, and on rank 0 the file. It may be ahead of
+        # the first stage, and save in each of its steps.
         of_a_save = (1 if self._shards else 3 if self.is_global_zero else 2) + keeps
+        of_a_save += 0 if whole is None else len(whole.averages)
         ahead_of_first = schedule.lag(0, self.num_stages) - schedule.lag(self.stage, self.num_stages)
         parcels.most = of_a_save * (2 + ahead_of_first)
         write = partial(write_file, self.checkpoint_io)
