@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import CombinedLoader
@@ -155,21 +156,31 @@ class Unread:
         return length
 
 
+LARGEST = 2**16
+"""Bytes."""
+
+
 class _WithoutNumbers(pickle.Pickler):
     @override
     def persistent_id(self, obj: Any) -> Any:
-        return (tuple(obj.shape), obj.dtype) if isinstance(obj, Tensor) else None
+        is_numbers = isinstance(obj, Tensor) or (isinstance(obj, np.ndarray) and not obj.dtype.hasobject)
+        return (tuple(obj.shape), obj.dtype) if is_numbers else None
 
 
 class _Zeros(pickle.Unpickler):
     @override
-    def persistent_load(self, pid: Any) -> Tensor:
+    def persistent_load(self, pid: Any) -> Any:
         shape, dtype = pid
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype) if isinstance(dtype, torch.dtype) else np.zeros(shape, dtype)
 
 
 def _likeness(batch: Any) -> bytes:
-    """A batch without the numbers in its tensors."""
+    """A batch without the numbers in its tensors and arrays.
+
+    Raises:
+        MisconfigurationException: if it can't be sent, or is large: ranks that hear of it can be behind by a batch,
+            which must fit what a socket holds.
+    """
     found = io.BytesIO()
     try:
         _WithoutNumbers(found, protocol=pickle.HIGHEST_PROTOCOL).dump(batch)
@@ -179,4 +190,10 @@ def _likeness(batch: Any) -> bytes:
             f" {type(batch).__name__} can't be sent ({type(error).__name__}: {error}). Let the loader yield what can be"
             " pickled, or set load_on='all'."
         ) from error
-    return found.getvalue()
+    if len(likeness := found.getvalue()) > LARGEST:
+        raise MisconfigurationException(
+            f"load_on='ends': a {type(batch).__name__} without the numbers in its tensors and arrays has"
+            f" {len(likeness)} bytes, and {LARGEST} at most are told to the ranks that do not load. Leave texts and the"
+            " like out of the batch, or set load_on='all'."
+        )
+    return likeness

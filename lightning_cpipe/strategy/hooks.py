@@ -80,7 +80,7 @@ def arrange_hooks(
     for callback in callbacks_of(trainer):
         rate_pipelines(callback, processes.num_replicas, len(processes.held))
     undo = [view.open(), *_show_own(trainer, module, view)]
-    undo += _keep_metrics_apart(trainer, module, processes.counterparts)
+    undo += _keep_metrics_apart(trainer, module, sharing, processes.counterparts)
     if processes.counterparts is None:
         # Metrics are the same on all ranks here.
         undo.append(hide_advice_to_sync())
@@ -188,7 +188,7 @@ def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Call
 
 
 def _keep_metrics_apart(
-    trainer: pl.Trainer, module: pl.LightningModule, counterparts: Counterparts | None
+    trainer: pl.Trainer, module: pl.LightningModule, sharing: Sharing, counterparts: Counterparts | None
 ) -> list[Callable[[], None]]:
     """A torchmetrics metric computes over all ranks by default, but only the last stage of each pipeline calls it."""
     of_callbacks = [value for each in callbacks_of(trainer) for value in vars(each).values()]
@@ -196,7 +196,20 @@ def _keep_metrics_apart(
     if counterparts is None:
         return [instead_of(metric, "distributed_available_fn", lambda: False) for metric in metrics]
     group: Any = counterparts.group
-    return [instead_of(metric, "process_group", metric.process_group or group) for metric in metrics]
+
+    def available() -> bool:
+        sharing.before_exchange()
+        return True
+
+    return [
+        undo
+        for metric in metrics
+        for undo in (
+            instead_of(metric, "process_group", metric.process_group or group),
+            # It is asked right before metrics are exchanged.
+            instead_of(metric, "distributed_available_fn", available),
+        )
+    ]
 
 
 def _refuse_to_skip(module: pl.LightningModule) -> Callable[[], None]:

@@ -129,6 +129,10 @@ class Sharing(ABC):
     def before_collective(self) -> None:
         """A hook is about to wait for other ranks, which may be waiting for what this one has to say."""
 
+    def before_exchange(self) -> None:
+        """This stage is about to exchange values with the same stages of other pipelines, which may be waiting, too."""
+        return
+
     @abstractmethod
     def metrics(self, topic: str) -> None:
         """Tell or learn what changed, at any other time."""
@@ -185,9 +189,17 @@ class Speaker(Sharing):
     @override
     def before_collective(self) -> None:
         self.require_heard()
+        self._say_step()
+
+    @override
+    def before_exchange(self) -> None:
+        if self._pipelines is not None:
+            self._say_step()
+
+    def _say_step(self) -> None:
         if self._next_word == STEP:
-            self._say(STEP, more=True)
             self._next_word = REST_OF_STEP
+            self._say(STEP, more=True)
 
     @override
     def metrics(self, topic: str) -> None:

@@ -789,12 +789,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Over the ranks with the same stages of other pipelines; those of one pipeline hold parts of the same work."""
+        self._before_exchange()
         return reduced(tensor, reduce_op, self.processes.counterparts)
 
     @override
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """From the ranks with the same stages of other pipelines; those of one pipeline hold parts of the same work."""
+        self._before_exchange()
         return gathered(tensor, self.processes.counterparts, sync_grads=sync_grads)
+
+    def _before_exchange(self) -> None:
+        if self._at_hand is not None:
+            self._at_hand.sharing.before_exchange()
 
     # ---- checkpoints ----
 

@@ -69,6 +69,29 @@ class Measuring(Chain):
         self.log("val_own", loss)
 
 
+class ExchangesAfterSteps(Chain):
+    """Exchanges values with the other pipeline in a hook, in each of the ways there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = MeanMetric()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        mine = torch.tensor(float(self.trainer.strategy.replica))
+        self.log("after", mine, sync_dist=True)
+        assert self.all_gather(mine).tolist() == [0.0, 1.0]
+        self.seen.update(mine)
+        assert self.seen.compute() == 0.5
+
+
+def test_pipelines_may_exchange_values_after_a_step() -> None:
+    """The second pipeline waited for rank 0's word of the step, and rank 0 for the second pipeline's value."""
+    ranks = fit_in_pipeline(
+        2, ExchangesAfterSteps, noise_loader, devices=4, strategy={"data_parallel_size": 2}, max_epochs=1
+    )
+    assert all(rank.metrics["after"] == 0.5 for rank in ranks)
+
+
 def test_metrics_are_averaged_where_lightning_averages_them_and_all_ranks_see_the_same(tmp_path: Path) -> None:
     """What is logged with `sync_dist`, and torchmetrics, cover the data of both; the rest is the first one's."""
     checkpoint = partial(ModelCheckpoint, tmp_path, monitor="val_own", filename="{val_mean:.6f}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.strategy.hearsay import _likeness, _Zeros
 from tests.helpers.causes import cause
 from tests.helpers.fits import Seen, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, noise_loader
@@ -249,6 +252,19 @@ def test_all_entries_give_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_numbers_of_arrays_stay_where_they_are_and_long_texts_are_refused() -> None:
+    """A rank that was told more than a socket holds, before it listened, made all ranks wait for ever."""
+    told = _likeness({"x": np.arange(10**6), "labels": ["a"]})
+    assert len(told) < 1000
+    heard = _Zeros(io.BytesIO(told)).load()
+    assert heard["x"].shape == (10**6,)
+    assert heard["x"].dtype == np.arange(1).dtype
+    assert not heard["x"].any()
+    assert heard["labels"] == ["a"]
+    with pytest.raises(MisconfigurationException, match=r"has 400\d{3} bytes, and 65536 at most"):
+        _likeness(["text" * 10**5])
+
+
 def test_two_ranks_are_both_ends() -> None:
     ends, everyone = both(2, Chain, noise_loader, max_epochs=1)
     assert [torch.equal(x, y) for (x, _), (y, _) in zip(ends[1].batches, everyone[1].batches, strict=True)]

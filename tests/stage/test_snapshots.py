@@ -1,0 +1,53 @@
+"""What a stage's buffers were before each mini-batch in flight, of runs that were resumed, and resumed again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_cpipe.stage.snapshots import Snapshots
+
+
+class OneCut:
+    """A cut after which the first stage has the buffer `count`."""
+
+    buffer_homes = {"count": 0}  # noqa: RUF012
+    starts = ("block",)
+
+
+def counter() -> tuple[nn.Module, Snapshots]:
+    root = nn.Module()
+    root.register_buffer("count", torch.zeros(()))
+    cut: Any = OneCut
+    return root, Snapshots(root, cut, 0)
+
+
+def forward(root: Any, snapshots: Snapshots, number: int) -> None:
+    snapshots.before(number)
+    root.count += 1
+
+
+def counts(snapshots: Snapshots) -> list[float]:
+    return [float(moment["count"]) for moment in snapshots.in_flight()]
+
+
+def test_a_resumed_run_that_gets_no_new_mini_batch_is_saved_with_what_is_in_flight() -> None:
+    """Of two in flight it saved one moment, so that the next resume counted a mini-batch twice."""
+    root, snapshots = counter()
+    for number in range(3):
+        forward(root, snapshots, number)
+    snapshots.forget(0)
+    assert counts(snapshots) == [1, 2, 3]
+
+    again, resumed = counter()
+    resumed.put_back(snapshots.in_flight())
+    assert counts(resumed) == [1, 2, 3]
+    forward(again, resumed, 0)
+    forward(again, resumed, 1)
+    assert float(again.count) == 3
+    assert counts(resumed) == [1, 2, 3]
+    # The first is backwarded, and the data has no more.
+    resumed.forget(0)
+    assert counts(resumed) == [2, 3]
