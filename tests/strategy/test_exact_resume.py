@@ -85,11 +85,13 @@ def run(
         logger=notes,
         log_every_n_steps=1,
         enable_checkpointing=True,
-        **{"max_epochs": EPOCHS, "val_check_interval": 2, **options},
+        **{"max_epochs": EPOCHS, "val_check_interval": 2, "limit_val_batches": 2, **options},
     )
     made = module()
     train = DataLoader(noise_loader(samples=3 * PER_EPOCH).dataset, 3, shuffle=True)
-    trainer.fit(made, train, noise_loader(samples=6), ckpt_path=ckpt_path)
+    # Which samples a validation sees depends on those before it.
+    val = DataLoader(noise_loader(samples=9).dataset, 3, shuffle=True)
+    trainer.fit(made, train, val, ckpt_path=ckpt_path)
     state = {name: value.clone() for name, value in made.state_dict().items()} if trainer.is_global_zero else {}
     return {"losses": watcher.seen.losses, "rows": notes.rows, "state": state}
 
@@ -118,7 +120,8 @@ def require_exact(
 
 
 def test_what_is_in_flight_goes_on(tmp_path: Path) -> None:
-    require_exact(tmp_path, 3, {"1": 1, "7": 7, "val-1-9": 9, "end-10": 10})
+    # After 7 a validation is due, which a resume leaves out, as in plain Lightning.
+    require_exact(tmp_path, 3, {"1": 1, "8": 8, "val-1-9": 9, "end-10": 10})
 
 
 def test_half_an_accumulation_goes_on(tmp_path: Path) -> None:
@@ -175,7 +178,7 @@ def test_what_is_kept_changes_no_number_and_is_left_out_elsewhere(tmp_path: Path
 def exact(schedule: Continuous, starts: tuple[str, ...]) -> ExactResume:
     cut = SimpleNamespace(num_stages=len(starts) + 1, starts=starts)
     run = SimpleNamespace(cut=cut, stages=[0], training=SimpleNamespace(backwarded=0))
-    return ExactResume(mock.Mock(), run, mock.Mock(), schedule)
+    return ExactResume(mock.Mock(), run, mock.Mock(), schedule, None)
 
 
 @pytest.mark.parametrize(
