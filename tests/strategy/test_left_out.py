@@ -15,18 +15,18 @@ from tests.helpers.modules import Chain, Tied, make_optimizer, noise_loader
 class Leaves(Chain):
     """Has no loss for some mini-batches: it sees so before or after it ran its blocks."""
 
-    first = False
+    at_once = False
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor | None:
         out = bool(batch[0].sum() > 2)
-        if out and self.first:
+        if out and self.at_once:
             return None
         loss = super().training_step(batch, batch_idx)
         return None if out else loss
 
 
 class LeavesAtOnce(Leaves):
-    first = True
+    at_once = True
 
 
 class TiedLeaves(Tied, Leaves):
