@@ -40,8 +40,7 @@ class TiedLeaves(Tied, Leaves):
         (LeavesAtOnce, 2, {"accumulate": 3}),
         *(
             pytest.param(module, p, options, marks=pytest.mark.full)
-            for module in (Leaves, LeavesAtOnce, TiedLeaves)
-            for p in (2, 4)
+            for module, p in ((Leaves, 2), (Leaves, 4), (LeavesAtOnce, 2), (TiedLeaves, 2), (TiedLeaves, 4))
             for options in ({"accumulate": 2}, {"early_input_gradient": True}, {"devices": 1}, {"versions": "latest"})
         ),
     ],
