@@ -54,6 +54,11 @@ def unfreeze_stand_ins(root: nn.Module, cut: Cut, *stages: int) -> None:
         root.get_parameter(name).requires_grad_(True)
 
 
+def named_numbers(root: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, by name."""
+    return {**dict(root.named_parameters()), **dict(root.named_buffers())}
+
+
 def make_room(root: nn.Module) -> None:
     """Give every absent parameter memory again, on the CPU; the numbers are to be filled in."""
     for parameter in list(root.parameters()):
@@ -64,7 +69,7 @@ def make_room(root: nn.Module) -> None:
 
 def fill(root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
     """Write these parameters and buffers into the module."""
-    own: dict[str, Tensor] = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+    own = named_numbers(root)
     with torch.no_grad():
         for name, tensor in numbers.items():
             own[name].copy_(tensor)
@@ -79,7 +84,7 @@ class Substitutes:
     """
 
     def __init__(self, root: nn.Module, numbers: Mapping[str, Tensor]) -> None:
-        own: dict[str, Tensor] = {**dict(root.named_parameters()), **dict(root.named_buffers())}
+        own = named_numbers(root)
         instead = {id(own[name]): tensor for name, tensor in numbers.items() if name in own}
         self._places = [
             (module, holder, key, tensor, instead[id(tensor)])

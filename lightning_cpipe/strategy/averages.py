@@ -12,12 +12,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.view import View
-from lightning_cpipe.stage.weights import fill, keep_only, make_room, room_for_all, standing_in
+from lightning_cpipe.stage.weights import fill, keep_only, make_room, named_numbers, room_for_all, standing_in
 from lightning_cpipe.strategy.gathering import gather_numbers
 from lightning_cpipe.strategy.lightning_private import (
     Average,
@@ -58,7 +57,7 @@ class Averages:
         Raises:
             MisconfigurationException: if a copy was made too early.
         """
-        numbers: dict[str, Tensor] = {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}
+        numbers = named_numbers(self._module)
         here = {name: each for name, each in numbers.items() if not isinstance(each, AbsentParameter)}
         for average in self._averages:
             if missing := numbers.keys() - {name for name, _ in average.copy.named_parameters()} - _buffers_of(average):
@@ -89,7 +88,10 @@ class Averages:
             undo += [
                 instead_of(callback, average.saves, self._saving_whole(average, view, sharing)),
                 instead_of(callback, average.loads, self._loading_whole(average, follow)),
-                *(instead_of(callback, hook, _then(getattr(callback, hook), follow)) for hook in average.exchanges),
+                *(
+                    instead_of(callback, hook, _followed_by(getattr(callback, hook), follow))
+                    for hook in average.exchanges
+                ),
             ]
         return undo
 
@@ -136,7 +138,7 @@ def _buffers_of(average: Average) -> set[str]:
     return {name for name, _ in average.copy.named_buffers()}
 
 
-def _then(hook: Callable[..., Any], follow: Callable[[], None]) -> Callable[..., Any]:
+def _followed_by(hook: Callable[..., Any], follow: Callable[[], None]) -> Callable[..., Any]:
     def hook_and_follow(*args: Any) -> None:
         hook(*args)
         follow()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpipe.stage.cut import Cut
+from lightning_cpipe.strategy.checkpoint import parameters_of
 
 
 class ByStage:
@@ -32,11 +33,6 @@ class ByStage:
     def gradients(self, optimizer: Optimizer) -> list[list[Tensor]]:
         """Those of each stage that has some, in the optimizer's order."""
         return [gradients_of(own) for own in self.parameters(optimizer)]
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """All of an optimizer's parameters."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def gradients_of(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -25,6 +25,11 @@ _GIVEN_NAMES = "param_names"
 """Where a group keeps the names of its parameters if the optimizer was given `named_parameters()`, since torch 2.6."""
 
 
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """All of an optimizer's parameters."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 class GroupOrder:
     """The names of an optimizer's parameters, group by group, as the user's module gave them.
 
@@ -34,7 +39,7 @@ class GroupOrder:
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-        strangers = [each for group in optimizer.param_groups for each in group["params"] if id(each) not in names]
+        strangers = [each for each in parameters_of(optimizer) if id(each) not in names]
         if strangers:
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} has {len(strangers)} parameters that are not the module's, the first of"

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_cpipe.engine.partial_sums import Sums
 from lightning_cpipe.engine.training import TrainingStream
-from lightning_cpipe.strategy.by_stage import ByStage, gradients_of, parameters_of
+from lightning_cpipe.strategy.by_stage import ByStage, gradients_of
+from lightning_cpipe.strategy.checkpoint import parameters_of
 from lightning_cpipe.strategy.lightning_private import instead_of
 from lightning_cpipe.strategy.options import Clip
 from lightning_cpipe.strategy.processes import Processes

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from lightning_cpipe.stage.cut import Cut
-from lightning_cpipe.stage.weights import held_by
+from lightning_cpipe.stage.weights import held_by, named_numbers
 from lightning_cpipe.strategy.promised import Promised
 from lightning_cpipe.transport.parcels import Parcels
 
@@ -39,11 +39,6 @@ def gather_numbers(
 
     with_home = homes(cut)
     return {name: Promised.of(partial(number, name)) for name in named_numbers(root) if name in with_home}
-
-
-def named_numbers(root: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, by name."""
-    return {**dict(root.named_parameters()), **dict(root.named_buffers())}
 
 
 def homes(cut: Cut) -> dict[str, int]:

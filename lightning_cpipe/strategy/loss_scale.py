@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cpipe.engine.training import TrainingStream
-from lightning_cpipe.strategy.by_stage import ByStage, gradients_of, parameters_of
+from lightning_cpipe.strategy.by_stage import ByStage, gradients_of
+from lightning_cpipe.strategy.checkpoint import parameters_of
 from lightning_cpipe.strategy.clipping import norm_of
 from lightning_cpipe.strategy.lightning_private import instead_of
 from lightning_cpipe.torch_private import scale_all

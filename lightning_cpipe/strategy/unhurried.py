@@ -33,7 +33,7 @@ def save_unhurried(trainer: pl.Trainer, saves: Saves) -> list[Callable[[], None]
                 instead_of(each, "file_exists", _foreseeing(each.file_exists, saves)),
             ]
     for logger in trainer.loggers:
-        undo.append(instead_of(logger, "after_save_checkpoint", _then(logger.after_save_checkpoint, saves)))
+        undo.append(instead_of(logger, "after_save_checkpoint", _told_in_turn(logger.after_save_checkpoint, saves)))
     return undo
 
 
@@ -60,16 +60,16 @@ def _foreseeing(exists: Callable[..., bool], saves: Saves) -> Callable[..., bool
     return file_exists
 
 
-def _then(notify: Callable[[Any], None], saves: Saves) -> Callable[[Any], None]:
+def _told_in_turn(notify: Callable[[Any], None], saves: Saves) -> Callable[[Any], None]:
     def after_save_checkpoint(callback: Any) -> None:
-        still = _as_it_is_now(callback)
+        still = _naming_files_that_are_there(callback)
         # Some keep it to the end of the run.
         saves.then(lambda: notify(callback if saves.are_done else still))
 
     return after_save_checkpoint
 
 
-def _as_it_is_now(callback: Any) -> Any:
+def _naming_files_that_are_there(callback: Any) -> Any:
     """One that names the files that there are, while the callback itself may name some that are still to come."""
     still = object.__new__(callback.__class__)
     still.__dict__.update(callback.__dict__, best_k_models=dict(callback.best_k_models))

@@ -19,6 +19,7 @@ from lightning_cpipe.stage.weights import (
     keep_only,
     keep_true_alone,
     make_room,
+    named_numbers,
     room_for_all,
     standing_in,
     unfreeze_stand_ins,
@@ -31,10 +32,11 @@ from lightning_cpipe.strategy.checkpoint import (
     numbered,
     on_cpu,
     own_optimizer_state,
+    parameters_of,
     state_by_name,
     whole_optimizer_state,
 )
-from lightning_cpipe.strategy.gathering import gather_numbers, homes, named_numbers
+from lightning_cpipe.strategy.gathering import gather_numbers, homes
 from lightning_cpipe.strategy.processes import Processes
 from lightning_cpipe.strategy.promised import Promised, PromisedState, settled
 
@@ -140,8 +142,7 @@ class Whole:
     def placed(self, optimizer: Optimizer) -> list[tuple[int, nn.Parameter]]:
         """This stage's parameters of an optimizer, each with its place among all those of the whole module's."""
         numbers = self._orders[self._optimizers.index(optimizer)].numbers
-        own = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return [(numbers[self._names[id(parameter)]], parameter) for parameter in own]
+        return [(numbers[self._names[id(parameter)]], parameter) for parameter in parameters_of(optimizer)]
 
     def load_module(self, state_dict: Mapping[str, Any], strict: bool) -> None:
         """Load this stage's part of a whole state dict.

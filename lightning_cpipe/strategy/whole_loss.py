@@ -12,12 +12,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.stage.randomness import get_state, same_state, seeded, unchanged
 from lightning_cpipe.strategy.drawn import Drawn
+from lightning_cpipe.strategy.ending import in_words
 from lightning_cpipe.strategy.lightning_private import prepare_batch, training_arguments
 from lightning_cpipe.strategy.loss_weights import HOOK
 from lightning_cpipe.strategy.micro_batches import micro_batches
@@ -44,9 +45,13 @@ def warn_of_other_loss(
         slices = [each for each in micro_batches(drawn, batch, module, num_microbatches) if each.weight]
     try:
         losses = _losses(module, [batch, *(each.batch for each in slices)], drawn.index, seed)
-    except Exception:
+    except Exception as error:
         # A batch that is made to be sliced need not be one for the step, nor fit into memory. What else fails, fails
-        # again on the micro-batch that is probed, and is told there.
+        # again on the micro-batch that is probed.
+        rank_zero_info(
+            "The loss of the first mini-batch is not compared with those of its micro-batches, since `training_step`"
+            f" does not run on all of it: {in_words(error)}."
+        )
         return
     if not losses or not math.isfinite(losses[0]):
         return
@@ -65,13 +70,17 @@ def warn_of_other_loss(
 
 
 def _losses(module: pl.LightningModule, batches: Sequence[Any], index: int, seed: int) -> list[float]:
-    """The loss for each batch; none if the step draws random numbers, writes buffers, or makes losses of few bits."""
+    """The loss for each batch.
+
+    None if the step draws random numbers, writes buffers, leaves out a batch, or makes losses of few bits.
+    """
     losses: list[Tensor] = []
     with untouched(module) as before, not_compiled(), seeded(seed), torch.no_grad():
         state = get_state()
         for batch in batches:
             loss = observe(module, "training_step", training_arguments(module.trainer, batch, index)).loss
-            assert loss is not None
+            if loss is None:
+                return []
             losses.append(loss)
         writes = any(key in module.get_submodule(name)._buffers for name, key in before.changes())
         if writes or not same_state(state, get_state()):
