@@ -89,9 +89,11 @@ def whole_optimizer_state(
         order: of their names.
         called: what `state` calls them, by their names.
     """
+    # A learning rate may be a tensor, which a scheduler writes into while the state is written to a file.
+    options = on_cpu({"groups": own["param_groups"]})["groups"]
     groups = [
         {**group, **given_names, "params": [called[name] for name in names]}
-        for group, given_names, names in zip(own["param_groups"], order.given_names, order.groups)
+        for group, given_names, names in zip(options, order.given_names, order.groups)
     ]
     return {"state": state, "param_groups": groups}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,6 +128,9 @@ class Whole:
             is_own = is_tensor and value.untyped_storage().data_ptr() in storages
             if (is_tensor and value.is_meta) or not (is_own or self._parcels.gathers):
                 del state[name]
+            elif not is_own:
+                # Extra state of a module, which may go on changing while it is written.
+                state[name] = copy.deepcopy(value)
         return state
 
     def own_optimizer_state(self, optimizer: Optimizer) -> State:

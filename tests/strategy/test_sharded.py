@@ -13,10 +13,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.errors import SaveError
+from lightning_cpipe.strategy.checkpoint import GroupOrder, whole_optimizer_state
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.refusals import reasons_in_saving
 from lightning_cpipe.strategy.sharded import is_sharded, write_shard
@@ -121,3 +122,13 @@ def test_an_average_as_a_whole_is_refused() -> None:
     (reason,) = reasons_in_saving(Options(save_distributed_checkpoint=True), trainer)
     assert "save_distributed_checkpoint=True with StochasticWeightAveraging" in reason
     assert not list(reasons_in_saving(Options(), trainer))
+
+
+def test_a_learning_rate_that_is_a_tensor_is_written_as_it_was() -> None:
+    """The file is written while training goes on: it held the rate of a later step."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=torch.tensor(0.25))
+    order = GroupOrder(optimizer, {id(parameter): "weight"})
+    state = whole_optimizer_state(optimizer.state_dict(), {}, order, {"weight": "weight"})
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert float(state["param_groups"][0]["lr"]) == 0.25
