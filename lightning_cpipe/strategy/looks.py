@@ -34,6 +34,10 @@ def is_due(number: int) -> bool:
     return number & (number - 1) == 0
 
 
+class _EndedEarlyError(Exception):
+    """The step returned None on a stage that ends at a cut."""
+
+
 class Looks:
     """One stage's looks at the steps of one run.
 
@@ -74,7 +78,10 @@ class Looks:
         cut, stage = self._stage_module.cut, self._stage_module.stage
 
         def call(*arguments: Any) -> Observed:
-            return Observed(None, *run_unheard(self._module, STEP, arguments))
+            returned, logged = run_unheard(self._module, STEP, arguments)
+            if returned is None and not self._stage_module.is_last:
+                raise _EndedEarlyError
+            return Observed(None, returned, logged)
 
         on_another = None if self._loads else StepBatch(arguments[0], lambda batch: call(batch, *arguments[1:]))
         step = Step(STEP, partial(call, *arguments), True, mini_batch.seed, mini_batch.signature, batch=on_another)
@@ -83,6 +90,9 @@ class Looks:
             with not_compiled(), self._stage_module.drawing(mini_batch.seed):
                 found = used_unreceived(self._module, step, passage, table, received, self._device)
                 read = read_unloaded(self._module, step, passage, table, received, self._device)
+        except _EndedEarlyError:
+            # It leaves out its mini-batch before it comes to the cut, and uses nothing.
+            return
         except CutError:
             raise
         except Exception as error:
