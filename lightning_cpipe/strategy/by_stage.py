@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +20,7 @@ class ByStage:
         stages: of the rank, in order.
     """
 
-    def __init__(self, module: pl.LightningModule, cut: Cut, stages: Sequence[int]) -> None:
+    def __init__(self, module: nn.Module, cut: Cut, stages: Sequence[int]) -> None:
         homes = {id(parameter): cut.homes[name][0] for name, parameter in module.named_parameters()}
         self._own = [{each for each, home in homes.items() if home == stage} for stage in stages]
 

@@ -121,7 +121,7 @@ class LossScale(ABC):
         return scale
 
 
-class Everyones(LossScale):
+class AtFlush(LossScale):
     """Where all ranks' gradients are there before any updates; all have the same scale, without a word.
 
     Args:

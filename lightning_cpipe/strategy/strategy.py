@@ -27,8 +27,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_cpipe.engine.figures import StageFigures
-from lightning_cpipe.engine.partial_sums import links_of
-from lightning_cpipe.engine.ties import link_of
 from lightning_cpipe.engine.timeline import ACTIONS, CudaTimeline, Span, Timeline
 from lightning_cpipe.engine.training import room_on_lanes
 from lightning_cpipe.errors import PlanError
@@ -43,11 +41,11 @@ from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
 from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, seeded, set_state
 from lightning_cpipe.stage.stage_module import StageModule
+from lightning_cpipe.strategy.agreeing import agree_in_updates, links_beside, sums_of
 from lightning_cpipe.strategy.averages import Averages
 from lightning_cpipe.strategy.blueprint import Blueprint
-from lightning_cpipe.strategy.by_stage import ByStage
 from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State
-from lightning_cpipe.strategy.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
+from lightning_cpipe.strategy.clipping import Norms, OfOneStage
 from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
 from lightning_cpipe.strategy.exact_resume import ExactResume
 from lightning_cpipe.strategy.fetcher import LookaheadFetcher
@@ -62,7 +60,6 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
-from lightning_cpipe.strategy.loss_scale import SCALE_AND_OVERFLOW, SCALES, Everyones, LastStages, LossScale
 from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.one_file import write_file
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
@@ -509,15 +506,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         if fitting:
             optimizers_to_device(self.optimizers, self.root_device)
-        sums = {NORMS: SQUARES} if fitting and schedule.streams and cut.num_stages > 1 else {}
-        scaler = getattr(self.precision_plugin, "scaler", None)
-        sums |= {SCALES: SCALE_AND_OVERFLOW} if sums and scaler is not None else {}
-        # A copy takes the owner's weights as many of its rows later as the owner adds its gradients.
-        links = {link_of(tie): schedule.rows_late(tie.user, tie.owner) + POSTED_AHEAD for tie in cut.ties}
-        for purpose in sums:
-            links |= links_of(purpose, cut.num_stages, schedule)
+        sums = sums_of(schedule, cut, self.precision_plugin) if fitting else {}
         ahead = self._lag if schedule.streams else self._options.num_microbatches
-        lanes = self.processes.lanes(room_on_lanes(ahead), links)
+        lanes = self.processes.lanes(room_on_lanes(ahead), links_beside(schedule, cut, sums))
         modules = StageModule.of_rank(module, cut, self.stages, self.root_device)
         # What is decided goes from each rank's last stages to those of the next one, until all have heard.
         hands_on = self.global_rank % self.num_ranks < self.num_ranks - 1
@@ -554,18 +545,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
             training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
-            self._norms = OfOneStage()
-            scales: LossScale | None = None
-            if whole is not None and schedule.streams:
-                by_stage = ByStage(module, cut, self.stages)
-                self._norms = InTime(self._options.clip, by_stage, training, self.root_device)
-                if scaler is not None:
-                    scales = LastStages(scaler, self.root_device, by_stage, training, is_last=stage_run.has_last)
-            elif whole is not None:
-                self._norms = Exact(whole, self.processes)
-                scales = None if scaler is None else Everyones(scaler, self.root_device, self.processes.control)
-            undo += [] if whole is None else [self._norms.take_over(self.precision_plugin)]
-            undo += [] if scales is None else scales.take_over()
+            precision, clip, device = self.precision_plugin, self._options.clip, self.root_device
+            self._norms, further = agree_in_updates(
+                module, whole, stage_run, self.processes, schedule, precision, clip, device
+            )
+            undo += further
             self._signals.heard_through(training.last.news)
             if stage_run.pipelines is not None:
                 self._signals.heard_beyond(stage_run.pipelines)
