@@ -28,13 +28,19 @@ def cause(
     entry: str = "fit",
     callbacks: Sequence[pl.Callback] = (),
     checkpoints: bool = False,
+    detect_anomaly: bool = False,
     **strategy: Any,
 ) -> str:
     """The one sentence that a run on forked ranks ends with."""
     # torch tells at length how it ends the other ranks.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     chosen = ContinuousPipeStrategy(start_method="fork", **strategy)
-    of_trainer = {"max_epochs": epochs, "callbacks": list(callbacks), "enable_checkpointing": checkpoints}
+    of_trainer: dict[str, Any] = {
+        "max_epochs": epochs,
+        "callbacks": list(callbacks),
+        "enable_checkpointing": checkpoints,
+        "detect_anomaly": detect_anomaly,
+    }
     trainer = quiet_trainer(strategy=chosen, devices=devices, **of_trainer)
     # Lightning leaves the port there.
     with mock.patch.dict(os.environ), pytest.raises(RankLostError) as caught:
