@@ -1,13 +1,17 @@
 """How much longer a rehearsal takes than plain Lightning: all stages of a pipeline in one process, one thread.
 
-`python -m benchmarks.rehearsal` trains the small GPT of the demos both ways, in turn.
+`python -m benchmarks.rehearsal` trains the small GPT of the demos in all these ways at once, each in its own process.
+They take turns, one step each, so that whatever slows the machine for a while slows all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,28 +23,47 @@ from lightning_cpipe.demos.char_gpt import CharData, CharGPT
 WARM_UP = 12
 """Mini-batches that are not counted: the pipeline of 8 stages is filled by then."""
 
+PLAIN = "plain Lightning"
 
-class Clock(pl.Callback):
-    """What this process had computed when each step ended; what others do on the machine does not count."""
+CONTESTANTS: dict[str, Mapping[str, Any] | None] = {
+    PLAIN: None,
+    "4 stages, versions='stash'": {"num_stages": 4},
+    "4 stages, versions='latest'": {"num_stages": 4, "versions": "latest"},
+    "8 stages, versions='stash'": {"num_stages": 8},
+}
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+
+class InTurn(pl.Callback):
+    """Makes a step when it is this process's turn, and tells the time that the step computed."""
+
+    def __init__(self, turns: Connection) -> None:
+        self._turns = turns
+        self._begun = 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        """Wait for the first turn."""
+        self._wait()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note it."""
-        self.ends.append(time.process_time())
+        """From one end to the next: whatever a step does for others than its own mini-batch counts, too."""
+        self._turns.send(time.process_time() - self._begun)
+        self._wait()
+
+    def _wait(self) -> None:
+        self._turns.recv()
+        self._begun = time.process_time()
 
 
-def ms_per_step(strategy: Any, width: int, batch_size: int, steps: int) -> float:
-    """The median step, in milliseconds of the one thread, once the pipeline is filled."""
+def train(options: Mapping[str, Any] | None, width: int, batch_size: int, steps: int, turns: Connection) -> None:
+    """One contestant, in a process of its own."""
+    run_quietly()
     pl.seed_everything(0, verbose=False)
-    clock = Clock()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=strategy,
+        strategy="auto" if options is None else ContinuousPipeStrategy(**options),
         max_steps=WARM_UP + steps,
-        callbacks=[clock],
+        callbacks=[InTurn(turns)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -48,34 +71,40 @@ def ms_per_step(strategy: Any, width: int, batch_size: int, steps: int) -> float
         limit_val_batches=0,
     )
     trainer.fit(CharGPT(width=width), datamodule=CharData(batch_size))
-    steps_s = [b - a for a, b in zip(clock.ends[WARM_UP:], clock.ends[WARM_UP + 1 :])]
-    return 1e3 * statistics.median(steps_s)
 
 
 def main() -> None:
-    """Print the ratios, of runs in turn."""
+    """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
     asked = parser.parse_args()
-    run_quietly()
-    contestants: dict[str, dict[str, Any]] = {
-        "4 stages, versions='stash'": {"num_stages": 4},
-        "4 stages, versions='latest'": {"num_stages": 4, "versions": "latest"},
-        "8 stages, versions='stash'": {"num_stages": 8},
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(asked.rounds):
-        plain = ms_per_step("auto", asked.width, asked.batch_size, asked.steps)
-        print(f"round {number}: plain Lightning {plain:.1f} ms per step", flush=True)
-        for name, options in contestants.items():
-            mine = ms_per_step(ContinuousPipeStrategy(**options), asked.width, asked.batch_size, asked.steps)
-            ratios[name].append(mine / plain)
-            print(f"round {number}: {name} {mine:.1f} ms, {mine / plain:.3f} of plain", flush=True)
-    for name, found in ratios.items():
-        print(f"{name}: {statistics.median(found):.3f} of plain Lightning's step")
+    context = multiprocessing.get_context("spawn")
+    turns, processes = {}, []
+    for name, options in CONTESTANTS.items():
+        turns[name], theirs = context.Pipe()
+        arguments = (options, asked.width, asked.batch_size, asked.steps, theirs)
+        processes.append(context.Process(target=train, args=arguments, daemon=True))
+        processes[-1].start()
+        theirs.close()
+    seconds: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for number in range(WARM_UP + asked.steps):
+        for name, turn in turns.items():
+            turn.send(None)
+            took = turn.recv()
+            if number >= WARM_UP:
+                seconds[name].append(took)
+    for turn in turns.values():
+        turn.send(None)
+    for process in processes:
+        process.join()
+    plain = seconds[PLAIN]
+    print(f"{PLAIN}: {1e3 * statistics.median(plain):.1f} ms per step, median of {asked.steps}")
+    for name in list(CONTESTANTS)[1:]:
+        ratios = [mine / its for mine, its in zip(seconds[name], plain)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"{name}: {middle:.3f} of it by pairs of steps next to each other; half of them {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.stage.cut import Cut, Passage
-from lightning_cpipe.strategy.probing import find_cut
+from lightning_cpipe.strategy.setup.probing import find_cut
 from lightning_cpipe.tree import signature
 
 WIDTH = 4

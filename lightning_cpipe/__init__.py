@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
     from lightning_cpipe.strategy import ContinuousPipeStrategy
-    from lightning_cpipe.strategy.parity import assert_pipeline_parity
+    from lightning_cpipe.strategy.setup.parity import assert_pipeline_parity
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _HOME = {
     "ContinuousPipeStrategy": "lightning_cpipe.strategy",
     "IdleMonitor": "lightning_cpipe.callbacks",
     "ThroughputMonitor": "lightning_cpipe.callbacks",
-    "assert_pipeline_parity": "lightning_cpipe.strategy.parity",
+    "assert_pipeline_parity": "lightning_cpipe.strategy.setup.parity",
 }
 
 

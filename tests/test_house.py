@@ -25,19 +25,33 @@ FLOORS = [
     {"cli"},
 ]
 
+FLOORS_OF_STRATEGY = [
+    {"lightning_private", "options", "step_names"},
+    {"ranks", "data"},
+    {"loops"},
+    {"setup"},
+    {"steps"},
+    {"sharing"},
+    {"checkpoints", "hooks", "summaries"},
+    {"updates", "run_at_hand"},
+    {"strategy"},
+    {"planning", "__init__"},
+]
+"""The strategy is a house in the house."""
+
 BESIDE = {"demos", "__init__", "__main__"}
 """The demos know nothing of the package, and nobody in it knows them; the face of the package hands all out lazily."""
 
 
-def room_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+def room_of(file: Path, house: Path = PACKAGE) -> str:
+    return file.relative_to(house).with_suffix("").parts[0]
 
 
-def floor_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def floor_of(room: str, floors: list[set[str]] = FLOORS) -> int:
+    return next(number for number, rooms in enumerate(floors) if room in rooms)
 
 
-def imported_rooms(file: Path) -> Iterator[str]:
+def imported_rooms(file: Path, house: str = "lightning_cpipe") -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom):
@@ -46,9 +60,8 @@ def imported_rooms(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         for name in names:
-            package, _, rest = name.partition(".")
-            if package == "lightning_cpipe":
-                yield rest.partition(".")[0] or "__init__"
+            if f"{name}.".startswith(f"{house}."):
+                yield name[len(house) + 1 :].partition(".")[0] or "__init__"
 
 
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if room_of(file) not in BESIDE]
@@ -63,6 +76,17 @@ def test_a_file_knows_only_what_is_below_it(file: Path) -> None:
 
 def test_every_room_has_a_floor_and_every_floor_has_its_rooms() -> None:
     assert {room_of(file) for file in FILES} == set().union(*FLOORS)
+
+
+ROOMS_OF_STRATEGY = sorted((PACKAGE / "strategy").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", ROOMS_OF_STRATEGY, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_of_the_strategy_knows_only_what_is_below_it(file: Path) -> None:
+    here = room_of(file, PACKAGE / "strategy")
+    others = {room for room in imported_rooms(file, "lightning_cpipe.strategy") if room != here}
+    floor = floor_of(here, FLOORS_OF_STRATEGY)
+    assert not [room for room in others if floor_of(room, FLOORS_OF_STRATEGY) >= floor]
 
 
 def test_the_demos_are_ordinary_lightning_modules() -> None:

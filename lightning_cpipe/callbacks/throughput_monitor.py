@@ -11,7 +11,7 @@ from lightning.fabric.utilities.throughput import Throughput, get_available_flop
 from typing_extensions import override
 
 from lightning_cpipe.callbacks.loggers import declare, log_numbers
-from lightning_cpipe.strategy.samples import samples_in
+from lightning_cpipe.strategy.data.samples import samples_in
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 from lightning_cpipe.tree import tensors_in
 

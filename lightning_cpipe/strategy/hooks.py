@@ -26,8 +26,8 @@ from lightning_cpipe.strategy.lightning_private import (
     instead_of,
     rate_pipelines,
 )
-from lightning_cpipe.strategy.processes import Processes
-from lightning_cpipe.strategy.sharing import Sharing
+from lightning_cpipe.strategy.ranks.processes import Processes
+from lightning_cpipe.strategy.sharing.sharing import Sharing
 from lightning_cpipe.strategy.step_names import STEPS
 from lightning_cpipe.transport.counterparts import Counterparts
 

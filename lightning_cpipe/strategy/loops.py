@@ -23,9 +23,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_cpipe.strategy.data_place import DataPlace
-from lightning_cpipe.strategy.drawn import Drawn, Released
-from lightning_cpipe.strategy.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.data.data_place import DataPlace
+from lightning_cpipe.strategy.data.drawn import Drawn, Released
+from lightning_cpipe.strategy.data.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.lightning_private import (
     AutomaticOptimization,
     DataFetcher,

@@ -11,12 +11,12 @@ from typing_extensions import override
 from lightning_cpipe.balance.forecast import Forecast, forecast
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import probe
-from lightning_cpipe.strategy.cutting import memory_needs, probe_steps
+from lightning_cpipe.strategy.data.samples import samples_in
 from lightning_cpipe.strategy.lightning_private import TunerExit, set_num_threads_if_needed
 from lightning_cpipe.strategy.loops import fetcher_of
-from lightning_cpipe.strategy.probing import choose_starts, not_compiled
-from lightning_cpipe.strategy.refusals import refuse
-from lightning_cpipe.strategy.samples import samples_in
+from lightning_cpipe.strategy.setup.cutting import memory_needs, probe_steps
+from lightning_cpipe.strategy.setup.probing import choose_starts, not_compiled
+from lightning_cpipe.strategy.setup.refusals import refuse
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_cpipe.stage.view import View
-from lightning_cpipe.strategy.checkpoint import State
-from lightning_cpipe.strategy.exact_resume import ExactResume
-from lightning_cpipe.strategy.saves import Saves
-from lightning_cpipe.strategy.sharing import Sharing
-from lightning_cpipe.strategy.stage_run import StageRun
-from lightning_cpipe.strategy.steps import Steps
-from lightning_cpipe.strategy.whole import Whole
+from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
+from lightning_cpipe.strategy.checkpoints.optimizer_states import State
+from lightning_cpipe.strategy.checkpoints.saves import Saves
+from lightning_cpipe.strategy.checkpoints.whole import Whole
+from lightning_cpipe.strategy.sharing.sharing import Sharing
+from lightning_cpipe.strategy.steps.stage_run import StageRun
+from lightning_cpipe.strategy.steps.steps import Steps
 
 
 @dataclass(frozen=True)

@@ -41,17 +41,19 @@ from lightning_cpipe.schedules.transfers import POSTED_AHEAD
 from lightning_cpipe.stage.pages import keep_tensors_out_of_the_heap
 from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, seeded, set_state
 from lightning_cpipe.stage.stage_module import StageModule
-from lightning_cpipe.strategy.agreeing import agree_in_updates, links_beside, sums_of
-from lightning_cpipe.strategy.averages import Averages
-from lightning_cpipe.strategy.blueprint import Blueprint
-from lightning_cpipe.strategy.checkpoint import IN_FLIGHT, State
-from lightning_cpipe.strategy.clipping import Norms, OfOneStage
-from lightning_cpipe.strategy.cutting import accumulating, agree_on_blueprint, agree_on_cut
-from lightning_cpipe.strategy.exact_resume import ExactResume
-from lightning_cpipe.strategy.fetcher import LookaheadFetcher
-from lightning_cpipe.strategy.hearsay import Hearsay, Unread
+from lightning_cpipe.strategy.checkpoints.averages import Averages
+from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
+from lightning_cpipe.strategy.checkpoints.mapped_file import Reading, can_be_mapped, read_mapped
+from lightning_cpipe.strategy.checkpoints.one_file import write_file
+from lightning_cpipe.strategy.checkpoints.optimizer_states import IN_FLIGHT, State
+from lightning_cpipe.strategy.checkpoints.promised import PromisedState, as_it_is_now
+from lightning_cpipe.strategy.checkpoints.saves import Saves
+from lightning_cpipe.strategy.checkpoints.sharded import is_sharded, read_shards, take_shard, write_shard
+from lightning_cpipe.strategy.checkpoints.unhurried import save_unhurried
+from lightning_cpipe.strategy.checkpoints.whole import Whole
+from lightning_cpipe.strategy.data.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.data.hearsay import Hearsay, Unread
 from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
-from lightning_cpipe.strategy.launchers import ProcessLauncher, ScriptLauncher
 from lightning_cpipe.strategy.lightning_private import (
     callbacks_of,
     instead_of,
@@ -60,12 +62,14 @@ from lightning_cpipe.strategy.lightning_private import (
     take_over_signals,
 )
 from lightning_cpipe.strategy.loops import install_loops
-from lightning_cpipe.strategy.mapped_file import Reading, can_be_mapped, read_mapped
-from lightning_cpipe.strategy.one_file import write_file
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options, StartMethod
-from lightning_cpipe.strategy.processes import Processes, named_stages
-from lightning_cpipe.strategy.promised import PromisedState, as_it_is_now
-from lightning_cpipe.strategy.refusals import (
+from lightning_cpipe.strategy.ranks.launchers import ProcessLauncher, ScriptLauncher
+from lightning_cpipe.strategy.ranks.processes import Processes, named_stages
+from lightning_cpipe.strategy.ranks.replicas import gathered, reduced, seed_of_replica
+from lightning_cpipe.strategy.run_at_hand import RunAtHand
+from lightning_cpipe.strategy.setup.blueprint import Blueprint
+from lightning_cpipe.strategy.setup.cutting import accumulating, agree_on_blueprint, agree_on_cut
+from lightning_cpipe.strategy.setup.refusals import (
     reasons_in_accumulation,
     reasons_in_optimizers,
     reasons_in_options,
@@ -76,18 +80,14 @@ from lightning_cpipe.strategy.refusals import (
     refuse,
     refuse_broadcast,
 )
-from lightning_cpipe.strategy.relaying import share
-from lightning_cpipe.strategy.replicas import gathered, reduced, seed_of_replica
-from lightning_cpipe.strategy.run_at_hand import RunAtHand
-from lightning_cpipe.strategy.saves import Saves
-from lightning_cpipe.strategy.scheduling import schedule_of, sized
-from lightning_cpipe.strategy.sharded import is_sharded, read_shards, take_shard, write_shard
-from lightning_cpipe.strategy.signals import Request, Signals
-from lightning_cpipe.strategy.stage_run import StageRun
-from lightning_cpipe.strategy.steps import Steps
+from lightning_cpipe.strategy.setup.scheduling import schedule_of, sized
+from lightning_cpipe.strategy.sharing.relaying import share
+from lightning_cpipe.strategy.sharing.signals import Request, Signals
+from lightning_cpipe.strategy.steps.stage_run import StageRun
+from lightning_cpipe.strategy.steps.steps import Steps
 from lightning_cpipe.strategy.summaries import show_stages
-from lightning_cpipe.strategy.unhurried import save_unhurried
-from lightning_cpipe.strategy.whole import Whole
+from lightning_cpipe.strategy.updates.agreeing import agree_in_updates, links_beside, sums_of
+from lightning_cpipe.strategy.updates.clipping import Norms, OfOneStage
 from lightning_cpipe.tree import flatten
 
 _CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)

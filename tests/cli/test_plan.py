@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_cpipe.balance.costs import BlockCost, Costs
 from lightning_cpipe.cli import plan as planning
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.strategy import probing
+from lightning_cpipe.strategy.setup import probing
 from tests.helpers.commands import ROOT, cpipe
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 

@@ -19,7 +19,7 @@ from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import POLICIES
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import derived_seed
-from lightning_cpipe.strategy.replicas import seed_of_replica
+from lightning_cpipe.strategy.ranks.replicas import seed_of_replica
 from tests.helpers.fits import Numbers, Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import make_optimizer, noise_loader
 from tests.helpers.reference import ByNorm, Scaled, train_delayed

@@ -17,7 +17,7 @@ from lightning_cpipe.probe.step import Observed, Step
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.randomness import seeded
 from lightning_cpipe.stage.stage_module import StageModule
-from lightning_cpipe.strategy.probing import find_cut
+from lightning_cpipe.strategy.setup.probing import find_cut
 from lightning_cpipe.tree import flatten, signature
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.randomness import get_state, same_state
-from lightning_cpipe.strategy.blueprint import Blueprint
+from lightning_cpipe.strategy.setup.blueprint import Blueprint
 from tests.helpers.probing import CPU
 
 

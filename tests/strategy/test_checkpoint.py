@@ -26,7 +26,7 @@ from lightning_cpipe.engine.timeline import BACKWARD, EVALUATION, FORWARD, UPDAT
 from lightning_cpipe.errors import AbsentWeightError, RankLostError
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.stage.absent import AbsentParameter
-from lightning_cpipe.strategy.checkpoint import GroupOrder, own_optimizer_state
+from lightning_cpipe.strategy.checkpoints.optimizer_states import GroupOrder, own_optimizer_state
 from tests.helpers.fits import quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
 from tests.helpers.probing import cut_of

@@ -21,8 +21,8 @@ from torchmetrics import MeanAbsoluteError
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.policies import TWO_BUFFERED
-from lightning_cpipe.strategy.checkpoint import IN_FLIGHT
-from lightning_cpipe.strategy.exact_resume import ExactResume
+from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
+from lightning_cpipe.strategy.checkpoints.optimizer_states import IN_FLIGHT
 from tests.helpers.fits import Notes, Watcher, quiet_trainer, require_same_bits
 from tests.helpers.modules import WIDTH, Block, Chain, Codebook, TiedThrice, noise_loader
 from tests.helpers.ranks import run_ranks

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_cpipe.engine.timeline import Timeline
 from lightning_cpipe.errors import PlanError
-from lightning_cpipe.strategy.drawn import Drawn
-from lightning_cpipe.strategy.fetcher import LookaheadFetcher
+from lightning_cpipe.strategy.data.drawn import Drawn
+from lightning_cpipe.strategy.data.fetcher import LookaheadFetcher
 
 
 def fetcher(trainer: Any, batches: int, lag: int = 2) -> LookaheadFetcher:

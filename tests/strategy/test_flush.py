@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanSquaredError
 
 from lightning_cpipe.callbacks import IdleMonitor, ThroughputMonitor
-from lightning_cpipe.strategy import whole_loss
+from lightning_cpipe.strategy.setup import whole_loss
 from tests.helpers.causes import cause
 from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, Tied, TiedThrice, make_optimizer, noise_loader

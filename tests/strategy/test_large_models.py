@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.absent import AbsentParameter
-from lightning_cpipe.strategy.mapped_file import can_be_mapped, read_mapped
+from lightning_cpipe.strategy.checkpoints.mapped_file import can_be_mapped, read_mapped
 from lightning_cpipe.transport.control import Control
 from tests.helpers.fits import Seen, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.memory import forget_peak, peak

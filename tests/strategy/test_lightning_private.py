@@ -183,10 +183,10 @@ ELSEWHERE = {
     ("strategy/strategy.py", "_layer_sync"),
     ("strategy/strategy.py", "_PATH"),
     # What a subclass of a class in `lightning_private` inherits.
-    ("strategy/fetcher.py", "_start_profiler"),
-    ("strategy/fetcher.py", "_stop_profiler"),
-    ("strategy/hearsay.py", "_load_state_dicts"),
-    ("strategy/launchers.py", "_strategy"),
+    ("strategy/data/fetcher.py", "_start_profiler"),
+    ("strategy/data/fetcher.py", "_stop_profiler"),
+    ("strategy/data/hearsay.py", "_load_state_dicts"),
+    ("strategy/ranks/launchers.py", "_strategy"),
     # Attributes of a LightningModule, by their names.
     ("strategy/hooks.py", "_example_input_array"),
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_cpipe import ContinuousPipeStrategy
-from lightning_cpipe.strategy.hearsay import _likeness, _Zeros
+from lightning_cpipe.strategy.data.hearsay import _likeness, _Zeros
 from tests.helpers.causes import cause
 from tests.helpers.fits import Seen, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, noise_loader

@@ -18,8 +18,9 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_cpipe.engine.stage_stream import STEP
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.stage.cut import Value
-from lightning_cpipe.strategy import looks, steps
-from lightning_cpipe.strategy.looks import Looks, is_due
+from lightning_cpipe.strategy.setup import looks
+from lightning_cpipe.strategy.setup.looks import Looks, is_due
+from lightning_cpipe.strategy.steps import steps
 from tests.helpers.causes import cause
 from tests.helpers.comparing import require_equal_to_reference
 from tests.helpers.fits import Notes, Seen, fit_in_pipeline, require_same_bits

@@ -12,8 +12,8 @@ import torch
 from lightning_cpipe.balance.memory import MemoryNeeds
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.schedules.continuous import Continuous
-from lightning_cpipe.strategy.cutting import memory_needs
-from lightning_cpipe.strategy.probing import choose_starts, find_cut
+from lightning_cpipe.strategy.setup.cutting import memory_needs
+from lightning_cpipe.strategy.setup.probing import choose_starts, find_cut
 from tests.helpers.fits import fit_in_pipeline, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 from tests.helpers.probing import CPU, step_of

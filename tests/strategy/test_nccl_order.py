@@ -30,7 +30,7 @@ from lightning_cpipe.schedules.check import check_transfers
 from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.plan import Plan
 from lightning_cpipe.schedules.transfers import with_transfers
-from lightning_cpipe.strategy import processes
+from lightning_cpipe.strategy.ranks import processes
 from lightning_cpipe.transport import control, edge, wiring
 from lightning_cpipe.transport.records import Records
 from lightning_cpipe.transport.wiring import RECORD_LANES, TENSOR_LANES, UP, Lanes, Wiring

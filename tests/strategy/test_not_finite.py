@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from lightning_cpipe.strategy import not_finite
+from lightning_cpipe.strategy.steps import not_finite
 from tests.helpers.causes import cause
 from tests.helpers.fits import fit_in_pipeline
 from tests.helpers.modules import Chain, noise_loader

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpipe.stage.weights import standing_in
-from lightning_cpipe.strategy.promised import Promised, PromisedState, as_it_is_now, settled
+from lightning_cpipe.strategy.checkpoints.promised import Promised, PromisedState, as_it_is_now, settled
 
 
 class NotYetError(Exception):

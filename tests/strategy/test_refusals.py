@@ -28,7 +28,12 @@ from lightning_cpipe.schedules.continuous import Continuous
 from lightning_cpipe.schedules.flushed import GPipe
 from lightning_cpipe.schedules.policies import TWO_BUFFERED
 from lightning_cpipe.strategy.options import Options
-from lightning_cpipe.strategy.refusals import LATER, reasons_in_accumulation, reasons_in_optimizers, reasons_in_options
+from lightning_cpipe.strategy.setup.refusals import (
+    LATER,
+    reasons_in_accumulation,
+    reasons_in_optimizers,
+    reasons_in_options,
+)
 from tests.helpers.causes import cause
 from tests.helpers.fits import quiet_trainer
 from tests.helpers.modules import Chain, noise_loader

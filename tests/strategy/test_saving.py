@@ -24,9 +24,9 @@ from torch import Tensor
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.errors import RankLostError, SaveError
-from lightning_cpipe.strategy.one_file import write_file
-from lightning_cpipe.strategy.promised import Promised
-from lightning_cpipe.strategy.saves import Saves
+from lightning_cpipe.strategy.checkpoints.one_file import write_file
+from lightning_cpipe.strategy.checkpoints.promised import Promised
+from lightning_cpipe.strategy.checkpoints.saves import Saves
 from tests.helpers.fits import Notes, quiet_trainer
 from tests.helpers.modules import Chain, noise_loader
 from tests.helpers.ranks import run_ranks

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.errors import SaveError
-from lightning_cpipe.strategy.checkpoint import GroupOrder, whole_optimizer_state
+from lightning_cpipe.strategy.checkpoints.optimizer_states import GroupOrder, whole_optimizer_state
+from lightning_cpipe.strategy.checkpoints.sharded import is_sharded, write_shard
 from lightning_cpipe.strategy.options import Options
-from lightning_cpipe.strategy.refusals import reasons_in_saving
-from lightning_cpipe.strategy.sharded import is_sharded, write_shard
+from lightning_cpipe.strategy.setup.refusals import reasons_in_saving
 from tests.helpers.fits import quiet_trainer, require_same_bits
 from tests.helpers.modules import noise_loader
 from tests.helpers.ranks import run_ranks

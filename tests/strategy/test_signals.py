@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_cpipe import ContinuousPipeStrategy
 from lightning_cpipe.stage.absent import AbsentParameter
-from lightning_cpipe.strategy.signals import InterruptedTogether, Request, Signals
+from lightning_cpipe.strategy.sharing.signals import InterruptedTogether, Request, Signals
 from tests.helpers.fits import alone, in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
 from tests.helpers.ranks import run_ranks

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_cpipe.strategy.drawn import Drawn
-from lightning_cpipe.strategy.micro_batches import MicroBatches, micro_batches
-from lightning_cpipe.strategy.slicing import sliced
+from lightning_cpipe.strategy.data.drawn import Drawn
+from lightning_cpipe.strategy.data.micro_batches import MicroBatches, micro_batches
+from lightning_cpipe.strategy.data.slicing import sliced
 from lightning_cpipe.tree import signature
 
 
