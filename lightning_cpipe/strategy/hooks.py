@@ -80,7 +80,7 @@ def arrange_hooks(
     for callback in callbacks_of(trainer):
         rate_pipelines(callback, processes.num_replicas, len(processes.held))
     undo = [view.open(), *_show_own(trainer, module, view)]
-    undo += _keep_metrics_apart(trainer, module, sharing, processes.counterparts)
+    undo.append(_keep_metrics_apart(sharing, processes.counterparts))
     if processes.counterparts is None:
         # Metrics are the same on all ranks here.
         undo.append(hide_advice_to_sync())
@@ -187,29 +187,31 @@ def _share_after_epoch_end(module: pl.LightningModule, sharing: Sharing) -> Call
     return instead_of(module, "on_train_epoch_end", on_train_epoch_end)
 
 
-def _keep_metrics_apart(
-    trainer: pl.Trainer, module: pl.LightningModule, sharing: Sharing, counterparts: Counterparts | None
-) -> list[Callable[[], None]]:
-    """A torchmetrics metric computes over all ranks by default, but only the last stage of each pipeline calls it."""
-    of_callbacks = [value for each in callbacks_of(trainer) for value in vars(each).values()]
-    metrics = [each for each in (*of_callbacks, *module.modules()) if isinstance(each, Metric)]
-    if counterparts is None:
-        return [instead_of(metric, "distributed_available_fn", lambda: False) for metric in metrics]
-    group: Any = counterparts.group
+def _keep_metrics_apart(sharing: Sharing, counterparts: Counterparts | None) -> Callable[[], None]:
+    """A torchmetrics metric computes over all ranks by default, but only the last stage of each pipeline calls it.
 
-    def available() -> bool:
-        sharing.before_exchange()
-        return True
+    That holds for any metric, wherever it hangs and whenever it is made.
+    """
+    sync, group = Metric.sync, None if counterparts is None else counterparts.group
 
-    return [
-        undo
-        for metric in metrics
-        for undo in (
-            instead_of(metric, "process_group", metric.process_group or group),
-            # It is asked right before metrics are exchanged.
-            instead_of(metric, "distributed_available_fn", available),
-        )
-    ]
+    def over_pipelines(
+        metric: Metric,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any = None,
+        should_sync: bool = True,
+        distributed_available: Callable[[], bool] | None = None,
+    ) -> None:
+        among = process_group or metric.process_group or group
+        exchanges = should_sync and group is not None
+        if exchanges:
+            sharing.before_exchange()
+        sync(metric, dist_sync_fn, among, should_sync, lambda: exchanges)
+
+    def undo() -> None:
+        Metric.sync = sync  # type: ignore[method-assign]
+
+    Metric.sync = over_pipelines  # type: ignore[method-assign, assignment]
+    return undo
 
 
 def _refuse_to_skip(module: pl.LightningModule) -> Callable[[], None]:

@@ -11,11 +11,13 @@ from typing_extensions import override
 from lightning_cpipe.balance.forecast import Forecast, forecast
 from lightning_cpipe.balance.memory import bytes_of
 from lightning_cpipe.probe.probe import probe
+from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.strategy.data.samples import samples_in
 from lightning_cpipe.strategy.lightning_private import TunerExit, set_num_threads_if_needed
 from lightning_cpipe.strategy.loops import fetcher_of
+from lightning_cpipe.strategy.setup.as_if_begun import tried
 from lightning_cpipe.strategy.setup.cutting import memory_needs, probe_steps
-from lightning_cpipe.strategy.setup.probing import choose_starts, not_compiled
+from lightning_cpipe.strategy.setup.probing import Choice, choose_starts, not_compiled
 from lightning_cpipe.strategy.setup.refusals import refuse
 from lightning_cpipe.strategy.strategy import ContinuousPipeStrategy
 
@@ -56,11 +58,14 @@ class Planning(ContinuousPipeStrategy):
         steps = probe_steps(trainer, self.processes, device, self._seed)
         limit = None if asked.memory_limit is None else bytes_of(asked.memory_limit)
         needs = memory_needs(trainer, self._schedule, self._planned_stages, limit)
+
+        def look() -> tuple[Choice, Cut]:
+            num_stages, at = self._planned_stages, asked.split_points
+            choice = choose_starts(module, steps[0], num_stages, at, device, needs, measured=True)
+            return choice, probe(module, steps, choice.survey, choice.starts, device, asked.check)
+
         with not_compiled():
-            choice = choose_starts(
-                module, steps[0], self._planned_stages, asked.split_points, device, needs, measured=True
-            )
-            cut = probe(module, steps, choice.survey, choice.starts, device, asked.check)
+            choice, cut = tried(module, steps, look)
         if choice.costs is not None:
             drawn = fetcher_of(trainer).peek()
             samples = None if drawn is None else samples_in(drawn.batch)

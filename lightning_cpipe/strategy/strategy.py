@@ -88,7 +88,6 @@ from lightning_cpipe.strategy.steps.steps import Steps
 from lightning_cpipe.strategy.summaries import show_stages
 from lightning_cpipe.strategy.updates.agreeing import agree_in_updates, links_beside, sums_of
 from lightning_cpipe.strategy.updates.clipping import Norms, OfOneStage
-from lightning_cpipe.tree import flatten
 
 _CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)
 """Callbacks that change the plan when an epoch begins."""
@@ -561,7 +560,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         def configure_optimizers() -> Any:
             # Lightning would advise manual optimization for several of them.
             configured = users_hook()
-            refuse(reasons_in_optimizers([each for each in flatten(configured)[0] if isinstance(each, Optimizer)]))
+            refuse(reasons_in_optimizers(configured))
             return configured
 
         undo = instead_of(self._module, "configure_optimizers", configure_optimizers)

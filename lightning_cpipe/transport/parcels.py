@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,11 +37,13 @@ class Parcels:
 
     Attributes:
         gathers: whether what is given comes to this process: to rank 0.
+        patience: seconds after which rank 0 says what it waits for, and goes on waiting.
         most: how many may be on their way, or to be done afterwards; who gives one more waits for the oldest, lest they
             fill the memory.
     """
 
     def __init__(self, control: Control, rank: int, num_givers: int) -> None:
+        self.patience = 60.0
         self.most = 6
         self.gathers = rank == 0
         self._gives = rank < num_givers
@@ -123,6 +126,8 @@ class Parcels:
         everyones = [own]
         for rank, connection in sorted(self._connections.items()):
             with _to(rank):
+                if not connection.poll(self.patience):
+                    _warn_of_waiting(topic, rank, self.patience)
                 theirs, content = _receive(connection)
             if theirs != topic:
                 raise SaveError(
@@ -131,6 +136,15 @@ class Parcels:
                 )
             everyones.append(content)
         return everyones
+
+
+def _warn_of_waiting(topic: str, rank: int, seconds: float) -> None:
+    warnings.warn(
+        f"rank 0 has waited {seconds:g} seconds for what rank {rank} gives to a checkpoint ({topic}), and goes on"
+        " waiting. If nothing moves, only some ranks save: call `trainer.save_checkpoint` on every rank, not only where"
+        " `trainer.is_global_zero`.",
+        stacklevel=2,
+    )
 
 
 class _Memory(NamedTuple):

@@ -410,6 +410,9 @@ def test_all_reasons_in_optimizers_are_listed() -> None:
     require_said(several, ["2 optimizers", "use one with several parameter groups"], later=False)
     require_said(second_order, ["LBFGS", "Use a first-order optimizer"], later=False)
     assert not list(reasons_in_optimizers(optimizers[1:]))
+    assert not list(reasons_in_optimizers({"optimizer": optimizers[1], "lr_scheduler": None}))
+    (none,) = reasons_in_optimizers(None)
+    require_said(none, ["no optimizer", "use `trainer.validate`"], later=False)
 
 
 class TrainsAStranger(Chain):

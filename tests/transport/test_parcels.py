@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import warnings
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -92,6 +94,27 @@ def test_who_waits_for_a_rank_that_broke_off_learns_of_it() -> None:
         return [1]
 
     assert with_parcels(2, give) == [[1], []]
+
+
+def test_rank_0_says_what_it_waits_for_and_goes_on_waiting() -> None:
+    """Where rank 0 alone saved, it once waited for ever without a word."""
+    said = multiprocessing.get_context("fork").Event()
+
+    def give(rank: int, parcels: Parcels) -> list[int]:
+        if rank:
+            said.wait()
+            parcels.give("weights", lambda: rank).result()
+            return []
+        parcels.patience = 0.01
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: (lines.append(str(message)), said.set())
+            found = parcels.give("weights", lambda: rank).result()
+        assert all("for what rank 1 gives to a checkpoint (weights)" in line for line in lines)
+        return found
+
+    lines: list[str] = []
+    assert with_parcels(2, give) == [[0, 1], []]
 
 
 def test_a_rank_that_gives_faster_than_is_taken_waits() -> None:

@@ -45,6 +45,7 @@ from lightning_cpipe.strategy.loops import (
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.ranks.ending import in_words
 from lightning_cpipe.strategy.ranks.processes import Processes
+from lightning_cpipe.strategy.setup.as_if_begun import tried
 from lightning_cpipe.strategy.setup.blueprint import Blueprint
 from lightning_cpipe.strategy.setup.probing import evaluation_probe_step, find_cut, training_probe_step
 from lightning_cpipe.strategy.setup.whole_loss import warn_of_other_loss
@@ -197,11 +198,18 @@ def _find(
         needs = memory_needs(trainer, schedule, processes.num_stages, limit, asked.num_microbatches)
     found: Cut | None = None
     error: CutError | None = None
+    num_stages, at, check = processes.num_stages, asked.split_points, asked.check
+    unread = processes.stages_between if asked.load_on == "ends" else ()
+
+    def look() -> Cut:
+        cut = find_cut(module, steps, num_stages, at, device, check, needs, unread)
+        if asked.num_microbatches > 1 and steps[0].trains and (drawn := fetcher_of(trainer).peek()) is not None:
+            warn_of_other_loss(module, drawn, device, seed, asked.num_microbatches)
+        return cut
+
     if processes.rank == 0:
         try:
-            num_stages, at, check = processes.num_stages, asked.split_points, asked.check
-            unread = processes.stages_between if asked.load_on == "ends" else ()
-            found = find_cut(module, steps, num_stages, at, device, check, needs, unread)
+            found = tried(module, steps, look)
         except CutError as raised:
             error = raised
     cut = processes.control.share(found)
@@ -268,8 +276,6 @@ def probe_steps(
         _require_same_length(processes, "training loaders", trainer.num_training_batches, of_all=True)
         if first is None:
             raise MisconfigurationException("There is no training batch to look at: the training loader is empty.")
-        if processes.rank == 0 and num_microbatches > 1:
-            warn_of_other_loss(module, first, device, seed, num_microbatches)
         steps = [training_probe_step(module, first, device, seed, num_microbatches)]
         if trainer.enable_validation:
             steps += _evaluation_probe_step(processes, module, validation_of(trainer), "validation_step", device, seed)

@@ -33,6 +33,7 @@ from lightning_cpipe.stage.isolation import Isolation
 from lightning_cpipe.stage.randomness import derived_seed, seeded
 from lightning_cpipe.strategy.data.drawn import Drawn
 from lightning_cpipe.strategy.lightning_private import attach_for_training, prepare_batch, training_arguments
+from lightning_cpipe.strategy.setup.as_if_begun import tried
 from lightning_cpipe.strategy.setup.probing import find_cut, observe, training_probe_step
 from lightning_cpipe.strategy.setup.refusals import reasons_in_trainer, refuse
 from lightning_cpipe.tree import flatten, signature
@@ -85,19 +86,32 @@ def assert_pipeline_parity(
         _take_gradients(module)
         first = Drawn(0, seed, batch, 0, signature(batch))
         step = training_probe_step(module, first, module.device, seed)
-        cut = find_cut(module, [step], num_stages, split_points, module.device, check=None)
-        try:
-            comparison = _Comparison(module, step, cut, rtol)
-            for number, each in enumerate([batch, *(more_batches or [batch])]):
-                comparison.step(number, each, derived_seed(seed, "mini-batch", number))
-        except (AssertionError, CutError):
-            raise
-        except Exception:
-            # What goes wrong in stages alone has a reason, which the set-up of a pipeline names.
-            _find_cut_of_a_fit(module, step, num_stages, split_points)
-            raise
-        # All stages shared the memory of one process here: a global variable would be seen by all of them.
+        batches = [batch, *(more_batches or [batch])]
+        tried(module, [step], lambda: _compare(module, step, batches, num_stages, split_points, rtol, seed))
+
+
+def _compare(
+    module: pl.LightningModule,
+    step: Step,
+    batches: Sequence[Any],
+    num_stages: int,
+    split_points: str | Sequence[str],
+    rtol: float | None,
+    seed: int,
+) -> None:
+    cut = find_cut(module, [step], num_stages, split_points, module.device, check=None)
+    try:
+        comparison = _Comparison(module, step, cut, rtol)
+        for number, each in enumerate(batches):
+            comparison.step(number, each, derived_seed(seed, "mini-batch", number))
+    except (AssertionError, CutError):
+        raise
+    except Exception:
+        # What goes wrong in stages alone has a reason, which the set-up of a pipeline names.
         _find_cut_of_a_fit(module, step, num_stages, split_points)
+        raise
+    # All stages shared the memory of one process here: a global variable would be seen by all of them.
+    _find_cut_of_a_fit(module, step, num_stages, split_points)
 
 
 def _find_cut_of_a_fit(

@@ -229,7 +229,7 @@ def observe(module: pl.LightningModule, name: str, arguments: tuple[Any, ...]) -
 def run_unheard(module: pl.LightningModule, name: str, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
     """What a step returns and logs; the trainer and its loggers hear nothing."""
     logged: dict[str, Any] = {}
-    with _unheard(module, logged), getattr(module.trainer.precision_plugin, STEPS[name].context)():
+    with unheard(module, logged), getattr(module.trainer.precision_plugin, STEPS[name].context)():
         if name != "training_step":
             module.eval()
         # A step may write into its batch, or take things out of it; each run of it gets a batch of its own.
@@ -244,7 +244,7 @@ def _step(module: pl.LightningModule, name: str, arguments: tuple[Any, ...], see
 
 
 @contextmanager
-def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
+def unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[None]:
     """What the step logs goes to `logged`, and nothing to the trainer, its loggers or the screen."""
 
     def log(name: str, value: Any, *_: Any, **__: Any) -> None:
@@ -261,6 +261,8 @@ def _unheard(module: pl.LightningModule, logged: dict[str, Any]) -> Iterator[Non
     if trainer.world_size > 1:
         # Only rank 0 is here.
         undo.append(instead_of(trainer.strategy, "broadcast", refuse_broadcast))
+        # While training streams it is nothing either.
+        undo.append(instead_of(trainer.strategy, "barrier", lambda *_, **__: None))
         undo += alone_in_steps(trainer.strategy)
     trainer.loggers = [_Listener(by_hand) for _ in loggers]
     try:

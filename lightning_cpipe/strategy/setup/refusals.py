@@ -31,6 +31,7 @@ from lightning_cpipe.strategy.lightning_private import AVERAGING, callbacks_of
 from lightning_cpipe.strategy.options import Clip, LoadOn, Options
 from lightning_cpipe.strategy.setup.scheduling import in_words, schedule_of
 from lightning_cpipe.strategy.step_names import STEPS
+from lightning_cpipe.tree import flatten
 
 LATER = "A later version will support it."
 
@@ -309,8 +310,14 @@ def _parts_among_hyperparameters(module: pl.LightningModule) -> list[str]:
     ]
 
 
-def reasons_in_optimizers(optimizers: list[torch.optim.Optimizer]) -> Iterator[str]:
-    """What only the optimizers show."""
+def reasons_in_optimizers(configured: object) -> Iterator[str]:
+    """What only shows in what `configure_optimizers` returns."""
+    optimizers = [each for each in flatten(configured)[0] if isinstance(each, torch.optim.Optimizer)]
+    if configured is None:
+        yield (
+            "`configure_optimizers` returns no optimizer, and a pipeline is there to train. Return one; to run a module"
+            " as it is, use `trainer.validate`, `trainer.test` or `trainer.predict`."
+        )
     if len(optimizers) > 1:
         yield (
             f"{len(optimizers)} optimizers: use one with several parameter groups. Optimizers that alternate need"

@@ -1,0 +1,85 @@
+"""Steps that need what a run makes before them: attributes from the first hooks, optimizers, metrics made late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_cpipe import assert_pipeline_parity
+from tests.helpers.causes import cause
+from tests.helpers.fits import fit_alone, fit_in_pipeline, require_plain_results, require_same_bits
+from tests.helpers.modules import WIDTH, Chain, noise_loader
+
+
+class BeginsInHooks(Chain):
+    """Its hooks make what its steps use, as in many examples of Lightning's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [MeanMetric()]
+
+    def on_train_start(self) -> None:
+        self.scale = torch.tensor(2.0)
+
+    def on_train_epoch_start(self) -> None:
+        self.log("begun", 1.0)
+        self.losses: list[Tensor] = []
+        self.child = MeanMetric()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self.scale * self.loss(batch)
+        self.losses.append(loss.detach())
+        self.child.update(loss.detach())
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
+        self.trainer.strategy.barrier()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean", torch.stack(self.losses).mean())
+        self.log("child", self.child.compute())
+
+    def on_validation_epoch_start(self) -> None:
+        self.late = MeanMetric()
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        loss = self.loss(batch)
+        self.late.update(loss)
+        self.hidden[0].update(loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics that hang where no search finds them once waited here for all ranks, which do not come."""
+        self.log("val_late", self.late.compute())
+        self.log("val_hidden", self.hidden[0].compute())
+        self.hidden[0].reset()
+
+
+@pytest.mark.parametrize("p", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_steps_may_use_what_the_hooks_before_them_make(p: int) -> None:
+    """They are tried at set-up, before any hook, and once failed there for want of an attribute."""
+    seen = require_plain_results(p, BeginsInHooks, noise_loader, val=noise_loader)
+    assert {"begun", "lr", "mean", "child", "val_late", "val_hidden"} <= seen.metrics.keys()
+
+
+def test_with_a_flush_too_through_epochs() -> None:
+    options = {"module": BeginsInHooks, "train": noise_loader, "val": noise_loader, "max_epochs": 2}
+    seen = fit_in_pipeline(2, strategy={"schedule": "gpipe"}, **options)[0]
+    plain = fit_alone(**options)
+    assert (seen.losses, seen.metrics) == (plain.losses, plain.metrics)
+    require_same_bits(seen.weights, plain.weights)
+
+
+def test_parity_can_be_asked_of_them() -> None:
+    assert_pipeline_parity(BeginsInHooks(), (torch.randn(3, WIDTH), torch.randn(3, WIDTH)), 2)
+
+
+class NeverBegins(Chain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(batch) * self.nowhere
+
+
+def test_an_attribute_that_nobody_makes_is_told_of() -> None:
+    assert "no attribute 'nowhere'" in cause(2, NeverBegins())
