@@ -61,9 +61,16 @@ def _sized(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> tuple[
             parser.error(f"{_option(next(iter(of_continuous)))} is for --schedule continuous, not {schedule.name}.")
         schedule = replace(schedule, **of_continuous)
     if isinstance(schedule, Given):
-        if any(each is not None for each in (asked.stages, asked.ranks, asked.mini_batches, asked.micro_batches)):
-            parser.error("a plan in a file has its own size: leave out --stages, --ranks and the number of batches.")
-        return schedule, schedule.given.num_stages, schedule.num_batches
+        if any(each is not None for each in (asked.stages, asked.mini_batches, asked.micro_batches)):
+            parser.error("a plan in a file has its own size: leave out --stages and the number of batches.")
+        stages = schedule.given.num_stages
+        on_ranks = schedule.on(stages, asked.ranks or schedule.given.num_ranks)
+        if asked.ranks not in (None, on_ranks.given.num_ranks):
+            parser.error(
+                f"--ranks {asked.ranks}: the plan is for {schedule.given.num_ranks} ranks. Give a divisor of that, for"
+                " a plan without faults that is one optimizer step."
+            )
+        return on_ranks, stages, schedule.num_batches
     wrong, right = ("micro", "mini") if schedule.unit == "mini-batch" else ("mini", "micro")
     if getattr(asked, f"{wrong}_batches") is not None:
         parser.error(f"--schedule {schedule.name} counts {schedule.unit}es: give --{right}-batches.")

@@ -18,7 +18,12 @@ def not_one_step(plan: Plan) -> list[Fault]:
     once, after all else. The last stages of the ranks lie in the order of the ranks: rank 0 holds the very last one,
     which makes the loss, and what it decides goes from neighbour to neighbour.
     """
-    return [*_forwards(plan), *_updates(plan), *_chain(plan)]
+    return [*not_once(plan), *_chain(plan)]
+
+
+def not_once(plan: Plan) -> list[Fault]:
+    """The same wherever its stages lie."""
+    return [*_forwards(plan), *_updates(plan)]
 
 
 def _forwards(plan: Plan) -> Iterator[Fault]:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_cpipe.errors import PlanError
-from lightning_cpipe.schedules.action import Action, Kind, Row, backward, forward, update
-from lightning_cpipe.schedules.check import check
-from lightning_cpipe.schedules.clock import clock, span
+from lightning_cpipe.schedules.action import Row, backward, forward, update
+from lightning_cpipe.schedules.clock import span
+from lightning_cpipe.schedules.folding import in_turn
 from lightning_cpipe.schedules.plan import Plan
 from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
@@ -31,26 +30,11 @@ class Flushed(Schedule, ABC):
     def rows_in_turn(self, stages: Sequence[int], num_stages: int, num_batches: int) -> Iterator[Row]:
         """The rows of several stages of one rank: one action each, in the order of stages that have a rank each.
 
-        So no action comes before one that it waits for, whatever the schedule and wherever its stages lie. Of those
-        that begin together, forwards come first, the last stage's before others; and of backwards, the first stage's:
-        what is made for another rank is made soon.
-
         Raises:
             PlanError: if stages that have a rank each can't run to their end; the message lists all faults.
         """
         apart = Plan(tuple(tuple(self.rows(stage, num_stages, num_batches)) for stage in range(num_stages)))
-        try:
-            slots = clock(apart)
-        except PlanError as error:
-            raise PlanError("; ".join(map(str, check(apart))) or str(error)) from error
-
-        def turn(action: Action) -> tuple[int, int]:
-            assert action.stage is not None
-            return slots[action], -action.stage if action.kind is Kind.FORWARD else action.stage
-
-        yield from ((action,) for action in sorted((each for each in slots if each.stage in stages), key=turn))
-        for stage in reversed(stages):
-            yield tuple(action.at(stage) for action in apart.actions(stage) if action.kind is Kind.UPDATE)
+        return in_turn(apart, stages)
 
     def idle_slots(self, num_stages: int, num_batches: int) -> int:
         """``2 (p - 1)`` with one stage per rank, for schedules that do not say otherwise; with several, as counted."""

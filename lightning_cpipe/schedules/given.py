@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from lightning_cpipe.errors import PlanError
 from lightning_cpipe.schedules.action import Action, Kind, Row
-from lightning_cpipe.schedules.as_one_step import not_one_step
-from lightning_cpipe.schedules.check import delays, live_versions, most_in_flight, versions
+from lightning_cpipe.schedules.as_one_step import not_once, not_one_step
+from lightning_cpipe.schedules.check import check, delays, live_versions, most_in_flight, versions
 from lightning_cpipe.schedules.clock import span
 from lightning_cpipe.schedules.exchange import read_csv
+from lightning_cpipe.schedules.folding import folded
 from lightning_cpipe.schedules.plan import Held, Plan
 from lightning_cpipe.schedules.policies import STASH, VersionPolicy
 from lightning_cpipe.schedules.schedule import Schedule
@@ -66,6 +67,18 @@ class Given(Schedule):
     def is_one_step(self) -> bool:
         """Whether the plan is one optimizer step, as those of flush schedules are."""
         return not not_one_step(self.given)
+
+    def on(self, num_stages: int, num_ranks: int) -> Given:
+        """The plan folded, if that can be: one optimizer step, for a multiple of these ranks. Else as it is."""
+        if num_ranks not in self._on_ranks:
+            more = num_ranks < self.given.num_ranks and not self.given.num_ranks % num_ranks
+            folds = more and not check(self.given) and not not_once(self.given)
+            self._on_ranks[num_ranks] = Given(folded(self.given, num_ranks)) if folds else self
+        return self._on_ranks[num_ranks]
+
+    @cached_property
+    def _on_ranks(self) -> dict[int, Given]:
+        return {}
 
     def plan(self, num_stages: int, num_batches: int) -> Plan:
         """The plan as it is.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from lightning_cpipe.schedules.action import Row
@@ -60,6 +60,10 @@ class Schedule(ABC):
             f"for two versions to be enough, at least {least} mini-batches must share an update, as many as stage 0 of"
             f" {num_stages} is ahead"
         )
+
+    def on(self, num_stages: int, num_ranks: int) -> Schedule:
+        """The same for so many ranks, each with as many stages as the others; every number that comes out stays."""
+        return replace(self, stages_per_rank=max(1, num_stages // num_ranks))
 
     def held(self, num_stages: int) -> Held:
         """Which stages each rank holds.

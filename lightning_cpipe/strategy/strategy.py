@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -308,7 +307,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @property
     def schedule(self) -> Schedule:
         """Who does what, when."""
-        return replace(self._schedule, stages_per_rank=max(1, self.num_stages // max(1, self.num_ranks)))
+        return self._schedule.on(self.num_stages, self.num_ranks)
 
     @property
     def at_hand(self) -> RunAtHand:
@@ -388,10 +387,11 @@ class ContinuousPipeStrategy(ParallelStrategy):
             MisconfigurationException: with all reasons.
         """
         self._refuse(trainer, self.num_ranks, self.num_stages)
-        if self.num_stages > self.num_ranks and not isinstance(self._schedule, Given):
+        most = self._schedule.given.num_ranks if isinstance(self._schedule, Given) else self.num_stages
+        if self.num_ranks < most:
             rank_zero_info(
-                f"{self.num_stages} stages on {self.num_ranks} devices: each holds {self.num_stages // self.num_ranks}."
-                f" Set `devices={self.num_stages * self.num_replicas}` for a process each; the numbers are the same."
+                f"{self.num_stages} stages on {self.num_ranks} devices: each holds {len(self._held[0])}."
+                f" Set `devices={most * self.num_replicas}` to spread them; the numbers are the same."
             )
 
     def _refuse(self, trainer: pl.Trainer, num_ranks: int, num_stages: int) -> None:

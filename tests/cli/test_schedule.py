@@ -285,6 +285,10 @@ def test_a_plan_is_written_as_csv_and_read_checked_and_drawn_from_there(cpipe: C
     assert cpipe("schedule", "--schedule", str(file), "--format", "csv") == written
     said = cpipe.refused("schedule", "--schedule", str(file), "--stages", "4")
     assert "a plan in a file has its own size: leave out --stages" in said
+    folded = cpipe("schedule", "--schedule", str(file), "--ranks", "1", "--format", "csv")
+    assert folded.startswith("0F0,1F0,0F1,2F0,1F1,3F0,")
+    said = cpipe.refused("schedule", "--schedule", str(file), "--ranks", "3")
+    assert "--ranks 3: the plan is for 2 ranks. Give a divisor of that" in said
 
 
 @pytest.mark.parametrize(

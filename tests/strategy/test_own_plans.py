@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lightning_cpipe.schedules import SCHEDULES, Given, GPipe, OneFOneB, Schedule, ZeroBubble
+from lightning_cpipe.schedules import SCHEDULES, Given, GPipe, Interleaved, OneFOneB, Schedule, ZeroBubble
 from lightning_cpipe.schedules.action import Row, backward, forward, update
 from lightning_cpipe.schedules.exchange import read_csv, write_csv
 from lightning_cpipe.schedules.flushed import Flushed
+from lightning_cpipe.schedules.folding import folded
 from lightning_cpipe.schedules.plan import Plan
 from tests.helpers.fits import Seen, fit_in_pipeline, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
@@ -49,9 +50,9 @@ class Forgetful(InOrder):
         return (row for row in rows if num_batches != 2 or row != (backward(0),))
 
 
-def fit(schedule: Any, stages: int = 2, devices: int = 2, most: int = 1) -> Seen:
+def fit(schedule: Any, stages: Any = 2, devices: int = 2, most: int = 1) -> Seen:
     strategy = {"schedule": schedule, "num_microbatches": most}
-    return fit_in_pipeline(stages, Chain, train, devices=devices, strategy=strategy, max_epochs=2)[0]
+    return fit_in_pipeline(stages, partial(Chain, 8), train, devices=devices, strategy=strategy, max_epochs=2)[0]
 
 
 def require_same(a: Seen, b: Seen) -> None:
@@ -86,6 +87,34 @@ def test_a_plan_in_a_file_has_the_bits_of_its_schedule(
     require_same(fit(str(path), stages, devices), fit(schedule.name, stages, devices, most=4))
 
 
+@pytest.mark.parametrize(
+    ("plan", "fewer"),
+    [
+        (InOrder().plan(2, 3), [1]),
+        *(
+            pytest.param(*each, marks=[pytest.mark.full, pytest.mark.timeout(240)])
+            for each in (
+                (InOrder().plan(8, 3), [4, 2, 1]),
+                (Interleaved().plan(8, 3), [2, 1]),
+                # Not as many stages on each.
+                (folded(ZeroBubble().plan(6, 4), 3), [1]),
+                (read_csv("0F0,0F1,1F0,1F1,1B0,0B0,1B1,0B1\n2F0,2B0,2F1,2B1\n"), [1]),
+            )
+        ),
+    ],
+    ids=["2 on 1", "8 on fewer", "interleaved", "folded before", "uneven"],
+)
+def test_a_plan_in_a_file_is_rehearsed_on_fewer_devices(plan: Plan, fewer: list[int], tmp_path: Path) -> None:
+    """With `num_stages` from the plan."""
+    path = tmp_path / "plan.csv"
+    path.write_text(write_csv(plan))
+    as_written, *rehearsed = (fit(str(path), "auto", devices) for devices in (plan.num_ranks, *fewer))
+    assert len(as_written.losses) == 6
+    for each in rehearsed:
+        assert each.losses == as_written.losses
+        require_same_bits(each.weights, as_written.weights)
+
+
 def test_a_schedule_of_ones_own_runs() -> None:
     seen = fit(InOrder(), most=3)
     require_same(fit(Given(InOrder().plan(2, 3))), seen)
@@ -111,7 +140,8 @@ def test_a_plan_that_torch_wrote_runs(tmp_path: Path) -> None:
         ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", {}, ["stage 0, row 1: RECV_B0 waits for ever", "; stage 1, row 1"]),
         ("0F0,0B0,0U0,0F1,0B1,0U1\n1F0,1B0,1U0,1F1,1B1,1U1\n", {}, ["stage 0: U0 before F1", "updates once"]),
         ("0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1\n", {}, ["stage 0: F1 where F0 is due", "in order"]),
-        ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", {}, ["for 3 stages on 3 devices, not for 2 on 2", "Set `num_stages`"]),
+        ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", {}, ["for 3 stages on 3 devices, not for 3 on 2", "to 3 or a divisor of it"]),
+        ("0F0,0B0\n1F0,1B0\n", {"num_stages": 4}, ["for 2 stages on 2 devices, not for 4 on 2", "leave `num_stages`"]),
         ("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", {"num_microbatches": 3}, ["num_microbatches=3", "for 2 of them"]),
         ("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0\n", {}, ["stage 3: is the last one of its rank where stage 2 is due"]),
         ("0F0,hello\n", {}, ["'hello' is not an action"]),

@@ -82,20 +82,21 @@ def reasons_in_saving(asked: Options, trainer: pl.Trainer) -> Iterator[str]:
 
 def reasons_in_options(asked: Options, num_ranks: int, device: torch.device) -> Iterator[str]:
     """What the strategy's own arguments show."""
+    schedule: Schedule | None = None
+    written = in_words(asked)
+    try:
+        schedule = schedule_of(asked)
+    except PlanError as error:
+        yield f"{written}: {error}"
+    flushes = schedule is not None and not isinstance(schedule, Continuous)
     if isinstance(asked.num_stages, int) and asked.num_stages < 1:
         yield f"num_stages={asked.num_stages}: the least is 1."
-    elif asked.num_stages != "auto" and asked.num_stages % num_ranks:
+    elif asked.num_stages != "auto" and asked.num_stages % num_ranks and not isinstance(schedule, Given):
         yield (
             f"num_stages={asked.num_stages} on {num_ranks} devices: each device holds as many stages as the others. Set"
             f" `num_stages` to a multiple of {num_ranks}, or `devices` to {asked.num_stages} or a divisor of it; with"
             " `devices=1` one process runs all stages."
         )
-    written = in_words(asked)
-    try:
-        flushes = not isinstance(schedule_of(asked), Continuous)
-    except PlanError as error:
-        yield f"{written}: {error}"
-        flushes = False
     if not _is_whole(asked.num_microbatches):
         yield f"num_microbatches={asked.num_microbatches!r}: it must be a whole number, of 1 or more."
     elif asked.num_microbatches < 1:
@@ -198,7 +199,8 @@ def _is_whole(number: object) -> bool:
 def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stages: int) -> Iterator[str]:
     """Why a pipeline of these sizes can't run the plan of a user, or of a schedule that was added."""
     words, m = in_words(asked), asked.num_microbatches
-    if num_stages % num_ranks or not _is_whole(m) or type(schedule) in _TESTED:
+    given = isinstance(schedule, Given)
+    if (num_stages % num_ranks and not given) or not _is_whole(m) or type(schedule) in _TESTED:
         return
     # A mini-batch with fewer samples has fewer micro-batches; a given plan runs what is left of it.
     sizes = range(1, m + 1)
@@ -209,7 +211,8 @@ def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stag
         if (plan.num_stages, plan.num_ranks) != (num_stages, num_ranks):
             yield (
                 f"{words}: the plan is for {plan.num_stages} stages on {plan.num_ranks} devices, not for {num_stages}"
-                f" on {num_ranks}. Set `num_stages` and `devices`, or write a plan of that size."
+                f" on {num_ranks}. Set `devices` to {plan.num_ranks} or a divisor of it and leave `num_stages` out, or"
+                " write a plan of that size."
             )
     try:
         for size in sizes:

@@ -35,10 +35,12 @@ def schedule_of(asked: Options) -> Schedule:
 
 
 def sized(asked: Options, schedule: Schedule) -> Options:
-    """The same with the number of micro-batches that a plan in a file is for, unless the user says another one."""
-    if isinstance(schedule, Given) and asked.num_microbatches == 1:
-        return replace(asked, num_microbatches=schedule.num_batches)
-    return asked
+    """The same with the numbers of stages and micro-batches that a given plan is for, unless the user says others."""
+    if not isinstance(schedule, Given):
+        return asked
+    stages = schedule.given.num_stages if asked.num_stages == "auto" else asked.num_stages
+    m = schedule.num_batches if asked.num_microbatches == 1 else asked.num_microbatches
+    return replace(asked, num_stages=stages, num_microbatches=m)
 
 
 def in_words(asked: Options) -> str:
