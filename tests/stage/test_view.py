@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -89,3 +90,33 @@ def test_it_is_told_once_who_sees_a_part() -> None:
             with view.of_own(by):
                 names(module)
     assert told == ["first", "second"]
+
+
+def test_other_modules_and_other_threads_are_left_alone() -> None:
+    """Such as a metric's module, and a thread that saves while a hook runs."""
+    module, other = cut_module(), nn.Sequential(nn.Linear(2, 2))
+    with opened(View()) as view, view.of_own(), ThreadPoolExecutor(1) as thread:
+        assert names(other) == ["0.weight", "0.bias"]
+        assert thread.submit(names, module).result() == ALL
+        with opened(View()) as another:
+            assert names(module) == ALL[1:]
+            assert thread.submit(lambda: names_of_own(another, module)).result() == ALL[1:]
+
+
+def names_of_own(view: View, module: nn.Module) -> list[str]:
+    with view.of_own():
+        return names(module)
+
+
+def test_views_are_closed_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trainers, or one and somebody else's wrapper."""
+    monkeypatch.setattr(nn.Module, "named_parameters", nn.Module.named_parameters)
+    module = cut_module()
+    first, second = View(), View()
+    close_first, close_second = first.open(), second.open()
+    close_first()
+    with second.of_own():
+        assert names(module) == ALL[1:]
+    close_second()
+    with first.of_own(), second.of_own():
+        assert names(module) == ALL
