@@ -111,11 +111,15 @@ class Scaled:
     Args:
         scale: at first.
         interval: after so many updates without an overflow it doubles.
+        late: by how many updates the last stage hears later of an overflow, for each stage on the way.
     """
 
-    def __init__(self, scale: float, interval: int) -> None:
+    def __init__(self, scale: float, interval: int, late: int = 1) -> None:
         self.scale = scale
         self._interval = interval
+        self._late = late
+        self.scales: list[float] = []
+        """In every update, before it is lowered or raised."""
         self._good = 0
         self.overflows: list[list[bool]] = []
         """Whether the gradient of each stage is not finite, in every update."""
@@ -132,8 +136,13 @@ class Scaled:
                     parameter.grad = None
                 elif parameter.grad is not None:
                     parameter.grad = parameter.grad * inverse
+        self.scales.append(self.scale)
         last, update = len(trained) - 1, len(self.overflows) - 1
-        heard = [self._began[known][s] for s in range(last + 1) if (known := update - (last - s)) >= 0]
+        heard = [
+            self._began[known][s] and self.scales[known] <= self.scale
+            for s in range(last + 1)
+            if (known := update - self._late * (last - s)) >= 0
+        ]
         self._good = 0 if any(heard) else self._good + 1
         if any(heard):
             self.scale /= 2

@@ -20,7 +20,7 @@ from lightning_cpipe.strategy.ranks.processes import Processes
 from lightning_cpipe.strategy.steps.stage_run import StageRun
 from lightning_cpipe.strategy.updates.by_stage import ByStage
 from lightning_cpipe.strategy.updates.clipping import NORMS, SQUARES, Exact, InTime, Norms, OfOneStage
-from lightning_cpipe.strategy.updates.loss_scale import SCALE_AND_OVERFLOW, SCALES, AtFlush, LastStages, LossScale
+from lightning_cpipe.strategy.updates.loss_scale import SCALES, AtFlush, LastStages, LossScale, scale_and_overflows
 from lightning_cpipe.transport.wiring import Link
 from lightning_cpipe.tree import TensorSpec
 
@@ -29,7 +29,8 @@ def sums_of(schedule: Schedule, cut: Cut, precision: Precision) -> dict[str, Ten
     """What stages of a continuous pipeline tell their neighbours in updates, by purpose; a flush has time to ask."""
     if not schedule.streams or cut.num_stages == 1:
         return {}
-    return {NORMS: SQUARES} if _scaler_of(precision) is None else {NORMS: SQUARES, SCALES: SCALE_AND_OVERFLOW}
+    scales = {} if _scaler_of(precision) is None else {SCALES: scale_and_overflows(cut.num_stages)}
+    return {NORMS: SQUARES} | scales
 
 
 def links_beside(schedule: Schedule, cut: Cut, sums: Mapping[str, TensorSpec]) -> dict[Link, int]:
@@ -75,7 +76,7 @@ def agree_in_updates(
         by_stage = ByStage(module, run.cut, run.stages)
         norms = InTime(clip, by_stage, run.training, device)
         if scaler is not None:
-            scales = LastStages(scaler, device, by_stage, run.training, is_last=run.has_last)
+            scales = LastStages(scaler, device, by_stage, run.training, run.cut.num_stages)
     else:
         norms = Exact(whole, processes)
         if scaler is not None:

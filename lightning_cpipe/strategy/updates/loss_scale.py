@@ -9,9 +9,14 @@ Where an update is left out must not make any stage wait. A stage knows of itsel
     a stage leaves out its update if its own gradient, or that of a stage after it, is not finite
 
 What overflows on its way to the first stage is not finite there, either, so this leaves out what is broken and
-keeps what is right. The last stage lowers the scale for an overflow that began on an earlier stage, too, as soon as it
-hears of it: by the plan of `PartialSums`, some updates later. In flush schedules, where all gradients are there before
-any stage updates, all leave it out or none, as in plain Lightning.
+keeps what is right. The last stage hears of an overflow that began on an earlier stage, too, by the plan of
+`PartialSums`, some updates later. Until then the same scale overflows in what follows. So a stage tells the scale with
+the overflow, and
+
+    an overflow lowers the scale if it was not lowered below the one that overflowed meanwhile
+
+Each scale that is too high is lowered once, as in plain training, however many mini-batches had it. In flush schedules,
+where all gradients are there before any stage updates, all leave it out or none, as in plain Lightning.
 """
 
 from __future__ import annotations
@@ -38,8 +43,13 @@ from lightning_cpipe.tree import TensorSpec
 SCALES = "scales"
 """What the stages of a continuous pipeline tell each other in every update."""
 
-SCALE_AND_OVERFLOW = TensorSpec((2,), torch.float64)
-"""The scale, from the last stage alone; and how many stages' gradients are not finite."""
+
+def scale_and_overflows(num_stages: int) -> TensorSpec:
+    """The scale, from the last stage alone; then for each stage whether its gradient is not finite.
+
+    To the stages before goes 1 for such a stage; to those after it, the scale that overflowed.
+    """
+    return TensorSpec((1 + num_stages,), torch.float64)
 
 
 class Agreed(NamedTuple):
@@ -152,16 +162,17 @@ class LastStages(LossScale):
         device: where the stages compute.
         by_stage: whose the parameters are.
         training: of this rank, with the sums over stages.
-        is_last: whether the rank holds the last stage.
+        num_stages: p.
     """
 
     def __init__(
-        self, scaler: GradScaler, device: torch.device, by_stage: ByStage, training: TrainingStream, *, is_last: bool
+        self, scaler: GradScaler, device: torch.device, by_stage: ByStage, training: TrainingStream, num_stages: int
     ) -> None:
         super().__init__(scaler, device)
         self._by_stage = by_stage
         self._training = training
-        self._is_last = is_last
+        self._num_stages = num_stages
+        self._is_last = num_stages - 1 in training.stages
 
     @override
     def parameters(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
@@ -169,13 +180,17 @@ class LastStages(LossScale):
 
     @override
     def agree(self, overflows: Sequence[Tensor]) -> Agreed:
-        scales = [torch.zeros_like(each) for each in overflows]
+        own = [torch.zeros(1 + self._num_stages, dtype=torch.float64, device=self._device) for _ in overflows]
+        for stage, each, overflow in zip(sorted(self._training.stages), own, overflows):
+            each[1 + stage] = overflow
         if self._is_last:
-            scales[-1] = self.own_scale().double()
-        own = [torch.stack(each) for each in zip(scales, overflows)]
+            own[-1][0] = self.own_scale()
         known = self._training.tell(SCALES, own, _begun_here)
         last = known[-1]
-        return Agreed(last.onward[0], [each.onward[1] for each in known], last.onward[1] + last.before[1])
+        scale, *_ = last.onward
+        overflowed = last.before[1:]
+        overflow = last.onward[1:].sum() + ((overflowed > 0) & (overflowed <= scale)).sum()
+        return Agreed(scale, [each.onward[1:].sum() for each in known], overflow)
 
     @override
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -187,4 +202,6 @@ class LastStages(LossScale):
 
 def _begun_here(own: Tensor, onward: Tensor) -> Tensor:
     """An overflow counts where it began: what comes from there is not finite on any stage before."""
-    return torch.where(onward == own, own, 0.0)
+    scale, overflows = onward[:1], onward[1:]
+    began = torch.where(own[1:].sum() == overflows.sum(), own[1:] * scale, 0.0)
+    return torch.cat([torch.zeros_like(scale), began])
