@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.fits import Watcher, quiet_trainer
@@ -78,15 +81,23 @@ class KnowsItsPlace:
         self.orders.set_state(state["orders"])
 
 
+def stateful(**options: Any) -> StatefulDataLoader[Any]:
+    # A rank is a daemon, so that none outlives a test; daemons may have no children.
+    multiprocessing.current_process().daemon = False
+    return StatefulDataLoader(data(), 3, shuffle=True, **options)
+
+
 LOADERS: dict[str, Any] = {
     "in order": lambda: DataLoader(data(), 3),
     "shuffled, augmented": lambda: DataLoader(data(), 3, shuffle=True, collate_fn=augmented),
     "own generator": with_own_generator,
     "stream": lambda: DataLoader(Stream(), 3),
     "knows its place": KnowsItsPlace,
+    "torchdata": partial(stateful, collate_fn=augmented),
+    "torchdata, workers": partial(stateful, num_workers=2),
 }
 
-BY_DEFAULT = ("shuffled, augmented", "knows its place")
+BY_DEFAULT = ("shuffled, augmented", "torchdata")
 
 
 def every_moment(folder: Path) -> list[pl.Callback]:
@@ -133,3 +144,29 @@ def test_nothing_is_lost_and_nothing_comes_twice(name: str, p: int, tmp_path: Pa
     for whole, resumed in run_ranks(on_rank, p):
         assert (len(set(whole)) > 2 * PER_EPOCH) == (name != "in order")
         assert resumed == [whole[done:] for _, done in MOMENTS]
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.full)])
+def test_plain_lightning_goes_on_with_torchdatas_loader(workers: int, tmp_path: Path) -> None:
+    """From files of the pipeline, in mid-epoch and at an epoch's end: every sample once in each epoch."""
+
+    def samples(callbacks: list[pl.Callback], ckpt_path: Path | None = None, **options: Any) -> list[float]:
+        pl.seed_everything(7 if ckpt_path is None else 8, verbose=False)
+        watcher = Watcher()
+        callbacks = [watcher, *callbacks]
+        trainer = quiet_trainer(max_epochs=2, enable_checkpointing=True, callbacks=callbacks, **options)
+        trainer.fit(Chain(), stateful(num_workers=workers), ckpt_path=ckpt_path)
+        return [float(each.sum()) for x, _ in watcher.seen.batches for each in x]
+
+    def in_pipeline(_: int) -> list[float]:
+        first, _, at_end = every_moment(tmp_path)
+        return samples([first, at_end], strategy=ContinuousPipeStrategy(), devices=2)
+
+    def alone(_: int) -> list[list[float]]:
+        return [samples([], tmp_path / f"{name}.ckpt", devices=1) for name in ("2", f"end-{PER_EPOCH}")]
+
+    whole, every = run_ranks(in_pipeline, 2)[0], sorted(float(x.sum()) for x, _ in data())
+    mid_epoch, at_end = run_ranks(alone, 1)[0]
+    of_first = mid_epoch[: len(every) - 6]
+    assert of_first == whole[6 : len(every)]
+    assert sorted(whole[:6] + of_first) == sorted(mid_epoch[len(of_first) :]) == sorted(at_end) == every
