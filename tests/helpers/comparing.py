@@ -107,7 +107,8 @@ def require_equal_to_reference(
         clip: how gradients are clipped.
         scaled: how the loss is scaled.
         options: further ones of the Trainer.
-        replicas: pipelines side by side. Their mean gradient is that of the mean of their losses, to the bit for two.
+        replicas: pipelines side by side. Their mean gradient is the reference's to the bit for two; the sums of more
+            may round otherwise.
         nodes: machines that they are spread over.
         strategy: options of the strategy.
 
@@ -137,16 +138,15 @@ def require_equal_to_reference(
     stages, aliases = names_on_stages(whole, seen.found.cut, seen.batches[0])
     losses: list[list[float]] = [[] for _ in lasts]
 
-    def mean_loss(net: Callable[..., Any], batches: tuple[int, list[Any]]) -> Tensor | None:
+    def losses_of(net: Callable[..., Any], batches: tuple[int, list[Any]]) -> list[Tensor | None]:
         number, own = batches
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
         for replica, batch in enumerate(own):
             with random_numbers_of(whole.module, seen.found.cut, number, seed_of_replica(SEED, replica)):
-                if (loss := net(batch)) is None:
-                    return None
-            found.append(loss)
-            losses[replica].append(loss.item())
-        return found[0] if replicas == 1 else torch.stack(found).mean()
+                found.append(net(batch))
+        for told, loss in zip(losses, found):
+            told += [] if loss is None else [loss.item()]
+        return found
 
     train_delayed(
         whole,
@@ -155,7 +155,7 @@ def require_equal_to_reference(
             ((i, batches), _updates_after(i % per_epoch, per_epoch, accumulate))
             for i, batches in enumerate(zip(*(each.batches for each in lasts)))
         ],
-        mean_loss,
+        losses_of,
         optimizer_of,
         accumulate,
         strategy.get("extra_in_flight", 0),

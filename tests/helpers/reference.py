@@ -6,6 +6,8 @@ Other policies use older weights, of the same number of mini-batches on all stag
 
 A parameter under several names on several stages is updated by the last of them, the owner. It adds the gradient of
 another stage some mini-batches later, and both have the new weights when their counts of mini-batches are the same.
+
+Pipelines side by side accumulate gradients, each its own, and all update with the mean.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def train_delayed(
     module: nn.Module,
     stages: Sequence[Sequence[str]],
     batches: Iterable[tuple[Any, bool]],
-    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor],
+    loss_of: Callable[[Callable[..., Any], Any], torch.Tensor | list[torch.Tensor | None] | None],
     optimizer_of: Callable[[list[nn.Parameter]], tuple[torch.optim.Optimizer, Any]],
     accumulate: int = 1,
     extra_in_flight: int = 0,
@@ -38,7 +40,8 @@ def train_delayed(
         module: whole.
         stages: the names of each stage's parameters; one that is tied by the name that the stage uses.
         batches: each with whether the optimizer steps after it.
-        loss_of: the loss of a batch; None if it has none, so that it gives no gradient.
+        loss_of: the loss of a batch; None if it has none, so that it gives no gradient. Of pipelines side by side, a
+            list with each one's: one that has none counts as a gradient of zero.
         optimizer_of: makes one stage's optimizer, and a scheduler that steps with it (or None).
         accumulate: divides the loss.
         extra_in_flight: multiplies the lag by one more than this.
@@ -48,11 +51,11 @@ def train_delayed(
         scaled: scales the loss, and the gradients back; None for no scale.
 
     Returns:
-        The loss of each mini-batch that has one.
+        The loss of each mini-batch that has one; of pipelines side by side, one after the other.
     """
     own = dict(module.named_parameters(remove_duplicate=False))
     owner = {id(own[name]): s for s, names in enumerate(stages) for name in names}
-    late: dict[str, list[torch.Tensor]] = {}
+    late: dict[tuple[int, str], list[torch.Tensor]] = {}
     lags = [(len(stages) - 1 - s) * (1 + extra_in_flight) for s in range(len(stages))]
     optimizers = [
         optimizer_of([own[name] for name in names if owner[id(own[name])] == s]) for s, names in enumerate(stages)
@@ -60,6 +63,7 @@ def train_delayed(
     history = [[{n: own[n].detach().clone().requires_grad_() for n in names}] for names in stages]
     losses = []
     window_start = 0
+    accumulated: dict[int, dict[nn.Parameter, torch.Tensor]] = {}
     for j, (batch, updates) in enumerate(batches):
         places = {
             "stash": [j - lag for lag in lags],
@@ -70,26 +74,34 @@ def train_delayed(
         used = [versions[max(0, place)] for versions, place in zip(history, places)]
         weights = {name: weight.detach().clone().requires_grad_() for at in used for name, weight in at.items()}
         named = weights | {alias: weights[name] for alias, name in (aliases or {}).items()}
-        loss = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
-        losses += [] if loss is None else [loss.item()]
+        found = loss_of(partial(functional_call, module, named, tie_weights=False), batch)
+        found = found if isinstance(found, list) else [found]
+        losses += [loss.item() for loss in found if loss is not None]
         if policy == "latest":
             # Into the memory that the forward read, so that whatever the graph kept of it reads the newest.
             for name, weight in weights.items():
                 weight.data.copy_(own[name].data)
-        share = None if loss is None else loss / accumulate * (1.0 if scaled is None else scaled.scale)
-        gradients = [] if share is None else torch.autograd.grad(share, list(weights.values()))
-        found = dict(zip(weights, gradients))
-        due = {}
-        for s, names in enumerate(stages):
-            for name in names:
-                if (to := owner[id(own[name])]) != s:
-                    late.setdefault(name, []).append(found.pop(name, torch.zeros_like(own[name])))
-                    if (place := j - _rows_late(to - s, extra_in_flight)) >= 0:
-                        due[name] = late[name][place]
-        for name, gradient in (*found.items(), *due.items()):
-            own[name].grad = gradient if own[name].grad is None else own[name].grad + gradient
+        for pipeline, loss in enumerate(found):
+            share = None if loss is None else loss / accumulate * (1.0 if scaled is None else scaled.scale)
+            gradients = [] if share is None else torch.autograd.grad(share, list(weights.values()))
+            made = dict(zip(weights, gradients))
+            due = {}
+            for s, names in enumerate(stages):
+                for name in names:
+                    if (to := owner[id(own[name])]) != s:
+                        waiting = late.setdefault((pipeline, name), [])
+                        waiting.append(made.pop(name, torch.zeros_like(own[name])))
+                        if (place := j - _rows_late(to - s, extra_in_flight)) >= 0:
+                            due[name] = waiting[place]
+            sums = accumulated.setdefault(pipeline, {})
+            for name, gradient in (*made.items(), *due.items()):
+                sums[own[name]] = gradient if own[name] not in sums else sums[own[name]] + gradient
         if updates:
             window_start = j + 1
+            for parameter in {each: None for sums in accumulated.values() for each in sums}:
+                given = [sums[parameter] for sums in accumulated.values() if parameter in sums]
+                parameter.grad = given[0] if len(found) == 1 else torch.stack(given).sum(0) / len(found)
+            accumulated.clear()
             trained = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in optimizers]
             if scaled is not None:
                 scaled(trained)

@@ -18,7 +18,15 @@ from lightning_cpipe.equality import same_bits
 from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.tree import flatten
 from tests.helpers.causes import cause
-from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
+from tests.helpers.fits import (
+    Seen,
+    alone,
+    fit_alone,
+    fit_in_pipeline,
+    fit_on_rank,
+    quiet_trainer,
+    require_same_bits,
+)
 from tests.helpers.modules import WIDTH, Block, Chain, Codebook, Tied, noise_loader
 from tests.helpers.ranks import run_ranks
 
@@ -176,6 +184,37 @@ def test_each_stage_averages_its_own_weights_at_its_own_step() -> None:
     assert set(expected) == set(seen[0].weights)
     for name, each in expected.items():
         torch.testing.assert_close(seen[0].weights[name], each, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("averaging", ["EMA", "mean", "SWA"])
+def test_pipelines_side_by_side_average_as_ddp_does(averaging: str, tmp_path: Path) -> None:
+    """Also from a file of DDP."""
+    plain_path, path = tmp_path / "plain", tmp_path / "piped"
+
+    def in_ddp(path: Path, **more: Any) -> Seen:
+        return run_ranks(
+            lambda _: fit_on_rank(
+                Scheduled, larger, larger, strategy="ddp", devices=2, **options(averaging, path, **more)
+            ),
+            2,
+        )[0]
+
+    def in_pipelines(path: Path, **more: Any) -> Seen:
+        beside = {**FLUSHED, "data_parallel_size": 2}
+        return fit_in_pipeline(
+            2, Scheduled, larger, larger, devices=4, strategy=beside, **options(averaging, path, **more)
+        )[0]
+
+    larger = partial(noise_loader, samples=48)
+    again = tmp_path / "again"
+    for plain, seen in (
+        (in_ddp(plain_path), in_pipelines(path)),
+        (in_ddp(again, ckpt_path=plain_path), in_pipelines(again, ckpt_path=plain_path)),
+    ):
+        assert seen.losses == plain.losses
+        assert seen.metrics == plain.metrics
+        require_same_bits(seen.weights, plain.weights)
 
 
 def test_other_stages_weights_take_no_memory_in_the_average() -> None:

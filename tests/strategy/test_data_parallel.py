@@ -229,7 +229,13 @@ def test_two_agents_of_torchrun_make_one_world(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize(
     "strategy",
-    [{"versions": "latest"}, {"versions": "vertical"}, {"extra_in_flight": 1}, {"early_input_gradient": True}],
+    [
+        {"versions": "latest"},
+        {"versions": "vertical"},
+        {"versions": "2bw", "accumulate": 2},
+        {"extra_in_flight": 1},
+        {"early_input_gradient": True},
+    ],
     ids=str,
 )
 def test_policies_work_in_pipelines_side_by_side(strategy: dict[str, Any]) -> None:
@@ -245,7 +251,7 @@ def in_ddp(**options: Any) -> list[Seen]:
 
 @pytest.mark.full
 @pytest.mark.parametrize(("module", "accumulate"), [(Chain, 1), (Chain, 3), (Tied, 1)])
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb"])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb", "interleaved"])
 def test_a_flush_schedule_with_one_micro_batch_is_ddp(
     schedule: str, accumulate: int, module: type[pl.LightningModule]
 ) -> None:
@@ -257,8 +263,9 @@ def test_a_flush_schedule_with_one_micro_batch_is_ddp(
         "accumulate_grad_batches": accumulate,
         "gradient_clip_val": 0.5,
     }
+    stages = 4 if schedule == "interleaved" else 2
     ranks = fit_in_pipeline(
-        2, devices=4, strategy={"data_parallel_size": 2, "schedule": schedule}, **options
+        stages, devices=4, strategy={"data_parallel_size": 2, "schedule": schedule}, **options
     )  # fmt: skip
     plain = in_ddp(**options)
     assert [ranks[0].losses, ranks[2].losses] == [each.losses for each in plain]
@@ -268,7 +275,6 @@ def test_a_flush_schedule_with_one_micro_batch_is_ddp(
 @pytest.mark.parametrize(
     ("options", "module", "said"),
     [
-        ({"exact_resume": True}, Chain, "exact_resume=True with data_parallel_size=2"),
         ({}, lambda: Sparse(), r"sparse gradients \(words\)"),
     ],
 )

@@ -69,7 +69,7 @@ def require_exact(p: int, **options: Any) -> Scaled:
         partial(Overflows, optimizer="adamw"),
         in_a_row,
         make_optimizer("adamw", None),
-        epochs=3,
+        epochs=3 * options.get("replicas", 1) ** 2,
         scaled=scaled,
         options=plugins(),
         **options,
@@ -86,6 +86,8 @@ def require_exact(p: int, **options: Any) -> Scaled:
         pytest.param(4, {"devices": 2, "accumulate": 2}, marks=pytest.mark.full),
         pytest.param(2, {"early_input_gradient": True}, marks=pytest.mark.full),
         pytest.param(3, {"extra_in_flight": 1, "devices": 1}, marks=pytest.mark.full),
+        pytest.param(2, {"replicas": 2, "clip": ByNorm("lagged", 0.1)}, marks=pytest.mark.full),
+        pytest.param(3, {"replicas": 2, "accumulate": 2}, marks=pytest.mark.full),
     ],
 )
 def test_equals_the_reference(p: int, options: dict[str, Any]) -> None:

@@ -98,6 +98,24 @@ def test_it_resumes_with_another_number_of_stages_and_the_one_file_in_plain_ligh
         assert all(start["rates"] == expected[0][0]["rates"] for start, _ in seen)
 
 
+@pytest.mark.full
+def test_pipelines_side_by_side_write_one_folder(tmp_path: Path) -> None:
+    """The first one's ranks write it, and the ranks of all read it."""
+    beside = {"data_parallel_size": 2}
+    fit(4, "plain", **beside)
+    fit(4, "sharded", save_distributed_checkpoint=True, **beside)
+    shards = tmp_path / "sharded" / "step=6.ckpt"
+    assert {path.name for path in shards.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+    plain = tmp_path / "plain" / "step=6.ckpt"
+    require_same_bits(consolidated(shards)["state_dict"], read(plain)["state_dict"])
+    expected = fit(4, "of_plain", ckpt_path=plain, **beside)
+    for options in ({}, {"save_distributed_checkpoint": True}):
+        for seen, theirs in zip(fit(4, "again", ckpt_path=shards, **beside, **options), expected):
+            require_same_numbers(seen[0]["weights"], theirs[0]["weights"])
+            require_same_numbers(seen[0]["optimizer"], theirs[0]["optimizer"])
+            assert seen[0]["place"] == theirs[0]["place"] == (6, 1)
+
+
 def test_the_older_folder_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
 
