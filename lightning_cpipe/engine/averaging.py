@@ -143,7 +143,9 @@ class Averaging:
             bucket.hand_out(self._num_replicas)
         self._waits.clear()
         assert self._seen is not None
-        self._learned.setdefault(self._backwards, self._seen)
+        if self._seen:
+            # Else the mini-batch was left out in this pipeline: there was nothing to learn.
+            self._learned.setdefault(self._backwards, self._seen)
         self._seen = None
 
     def _gradient_is_there(self, parameter: Tensor) -> None:

@@ -224,7 +224,8 @@ class StageStream:
             parameter = self.versions.named[name]
             parameter.grad = gradient.to(parameter.device, copy=True)
         assert self.snapshots is not None
-        self.snapshots.put_back(kept["moments"])
+        with self._module.drawing(0):
+            self.snapshots.put_back(kept["moments"])
 
     # ---- one method for each action ----
 

@@ -83,6 +83,8 @@ class Snapshots:
     def put_back(self, moments: Iterable[Mapping[str, Tensor]]) -> None:
         """The next mini-batches find what `in_flight` has returned: each what was there before it."""
         self._to_put = dict(enumerate(moments))
+        # As the checkpoint has them: what is put in their place has changed.
+        self._first = self._now()
 
     def _now(self) -> Numbers:
         hanging = {name: held.get(key) for name, (held, key) in self._buffers.items()}

@@ -428,6 +428,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
                 self.root_device,
                 self._options.process_group_backend,
                 self.num_replicas,
+                all_save=self._options.exact_resume,
             )
             if self._options.load_on == "ends":
                 self._hearsay = Hearsay(*self._processes.batch_lane("batches"))
@@ -528,7 +529,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
             undo += show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
         keeps = self._options.exact_resume and fitting
-        exact = ExactResume(trainer, stage_run, steps, schedule, self._evaluation_stream) if keeps else None
+        pipeline = self.replica, self.num_replicas
+        exact = ExactResume(trainer, stage_run, steps, schedule, self._evaluation_stream, *pipeline) if keeps else None
         parcels = self.processes.parcels
         # Of a save: weights, optimizer's state, averages, what is in flight, and on rank 0 the file. It may be ahead of
         # the first stage, and save in each of its steps.
@@ -701,7 +703,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         precision, steps = self.precision_plugin, self.at_hand.steps
-        if steps.left_out:
+        if self._has_no_gradient:
             # As in Lightning, without the hooks around a backward.
             steps.backward(closure_loss, lambda loss: None)
             steps.begin_update_if_due()
@@ -712,13 +714,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
         steps.begin_update_if_due()
         return loss
 
+    @property
+    def _has_no_gradient(self) -> bool:
+        """Whether the mini-batch at hand is left out; with pipelines side by side, another one may have a gradient."""
+        return self.at_hand.steps.left_out and self.num_replicas == 1
+
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         steps = self.at_hand.steps
 
         def unless_left_out() -> Any:
             loss = closure()
-            return None if steps.left_out else loss
+            return None if self._has_no_gradient else loss
 
         # It runs inside a hook, and the closure inside of it.
         with self.at_hand.view.of_all(), steps.updating():
@@ -828,9 +835,9 @@ class ContinuousPipeStrategy(ParallelStrategy):
             rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
             return
         if self._at_hand is not None and self._at_hand.exact is not None and "optimizer_states" in checkpoint:
-            parts = self.processes.parcels.give("what is in flight", self._at_hand.exact.part)
+            parts = self.processes.parcels.give("what is in flight", self._at_hand.exact.part, of_all=True)
             if self.is_global_zero:
-                checkpoint[IN_FLIGHT] = PromisedState(lambda: ExactResume.whole(parts.result()))
+                checkpoint[IN_FLIGHT] = PromisedState(lambda: ExactResume.whole(parts.result(), self.num_replicas))
         if self._shards and self._taken_apart is not None:
             if self.processes.replica > 0:
                 return

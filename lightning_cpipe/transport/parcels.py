@@ -34,6 +34,7 @@ class Parcels:
         control: of all ranks; all must make their ends at once.
         rank: this process's.
         num_givers: how many give, the first of the ranks; with one, nothing is on its way.
+        num_all: how many give what is asked of all; as many if not told.
 
     Attributes:
         gathers: whether what is given comes to this process: to rank 0.
@@ -42,12 +43,14 @@ class Parcels:
             fill the memory.
     """
 
-    def __init__(self, control: Control, rank: int, num_givers: int) -> None:
+    def __init__(self, control: Control, rank: int, num_givers: int, num_all: int | None = None) -> None:
         self.patience = 60.0
         self.most = 6
         self.gathers = rank == 0
-        self._gives = rank < num_givers
-        self._connections = connect_to_first(control, rank, num_givers) if num_givers > 1 else {}
+        self._rank = rank
+        self._num_givers = num_givers
+        self._num_all = num_givers if num_all is None else num_all
+        self._connections = connect_to_first(control, rank, self._num_all) if self._num_all > 1 else {}
         self._under_way: deque[Future[Any]] = deque()
         self._thread: ThreadPoolExecutor | None = None
 
@@ -56,23 +59,28 @@ class Parcels:
         """Whether there is no other rank."""
         return not self._connections
 
-    def give(self, topic: str, of_rank: Callable[[], Content]) -> Future[list[Content]]:
+    def give(self, topic: str, of_rank: Callable[[], Content], *, of_all: bool = False) -> Future[list[Content]]:
         """Let rank 0 have something.
 
         Args:
             topic: what it is; the same on all ranks.
             of_rank: makes it, at once: any nested structure, which must not change any more. Ranks that do not give are
                 not asked.
+            of_all: whether all ranks give it.
 
         Returns:
-            On rank 0, what all ranks gave, in their order, once it is there; elsewhere an empty list, once it is sent.
+            On rank 0, what all of them gave, in their order, once it is there; elsewhere an empty list, once it is
+            sent.
         """
-        if self.is_alone:
+        givers = self._num_all if of_all else self._num_givers
+        if self._rank >= givers or givers == 1:
             alone: Future[list[Content]] = Future()
-            alone.set_result([of_rank()] if self._gives else [])
+            alone.set_result([of_rank()] if self._rank < givers else [])
             return alone
         content = of_rank()
-        return self.afterwards(lambda: self._receive(topic, content) if self.gathers else self._send(topic, content))
+        return self.afterwards(
+            lambda: self._receive(topic, content, givers) if self.gathers else self._send(topic, content)
+        )
 
     def afterwards(self, action: Callable[[], Content]) -> Future[Content]:
         """Do something in the background, after all that was given before has come."""
@@ -122,9 +130,9 @@ class Parcels:
             _send(connection, topic, content)
         return []
 
-    def _receive(self, topic: str, own: Any) -> list[Any]:
+    def _receive(self, topic: str, own: Any, givers: int) -> list[Any]:
         everyones = [own]
-        for rank, connection in sorted(self._connections.items()):
+        for rank, connection in sorted(self._connections.items())[: givers - 1]:
             with _to(rank):
                 if not connection.poll(self.patience):
                     _warn_of_waiting(topic, rank, self.patience)

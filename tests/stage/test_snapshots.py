@@ -51,3 +51,12 @@ def test_a_resumed_run_that_gets_no_new_mini_batch_is_saved_with_what_is_in_flig
     # The first is backwarded, and the data has no more.
     resumed.forget(0)
     assert counts(resumed) == [2, 3]
+
+
+def test_what_was_put_back_and_not_written_since_is_saved_again() -> None:
+    """A file may have another number for it: that of the pipeline beside this one."""
+    again, resumed = counter()
+    resumed.put_back([{"count": torch.ones(())}])
+    resumed.before(0)
+    assert float(again.count) == 1
+    assert counts(resumed) == [1, 1]

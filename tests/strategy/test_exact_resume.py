@@ -13,7 +13,7 @@ from unittest import mock
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError
@@ -59,6 +59,17 @@ class Draws(pl.Callback):
             group["weight_decay"] = 0.1 * float(torch.rand(()))
 
 
+class Buffers(pl.Callback):
+    """Those of this rank's stages at the end: each pipeline has its own."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, ContinuousPipeStrategy)
+        homes = strategy.stage_run.cut.buffer_homes
+        own = {name: each for name, each in pl_module.named_buffers() if homes.get(name) in strategy.stages}
+        self.found = {f"{name} here": each.clone() for name, each in own.items()}
+
+
 def run(
     p: int,
     module: Callable[[], pl.LightningModule],
@@ -66,12 +77,13 @@ def run(
     ckpt_path: Path | None = None,
     folder: Path | None = None,
     devices: int | None = None,
+    averages: Callable[[], list[pl.Callback]] = list,
     **options: Any,
 ) -> dict[str, Any]:
     """What this rank saw; with a `folder`, saves at each step, after validations and at the end of epochs."""
     # Another process may have been seeded otherwise.
     pl.seed_everything(7 if ckpt_path is None else 8, verbose=False)
-    watcher, notes = Watcher(), Notes()
+    watcher, notes, buffers = Watcher(), Notes(), Buffers()
     saving = partial(ModelCheckpoint, folder, save_top_k=-1, auto_insert_metric_name=False)
     callbacks = [] if folder is None else [
         saving("{step}", every_n_train_steps=1),
@@ -81,19 +93,20 @@ def run(
     trainer = quiet_trainer(
         strategy=ContinuousPipeStrategy(num_stages=p, **{"exact_resume": True, **strategy}),
         devices=devices or p,
-        callbacks=[watcher, Draws(), *callbacks],
+        callbacks=[watcher, Draws(), buffers, *averages(), *callbacks],
         logger=notes,
         log_every_n_steps=1,
         enable_checkpointing=True,
         **{"max_epochs": EPOCHS, "val_check_interval": 2, "limit_val_batches": 2, **options},
     )
     made = module()
-    train = DataLoader(noise_loader(samples=3 * PER_EPOCH).dataset, 3, shuffle=True)
-    # Which samples a validation sees depends on those before it.
-    val = DataLoader(noise_loader(samples=9).dataset, 3, shuffle=True)
+    pipelines = strategy.get("data_parallel_size", 1)
+    train = DataLoader(noise_loader(samples=3 * PER_EPOCH * pipelines).dataset, 3, shuffle=True)
+    # Which samples a validation sees depends on those before it; with several pipelines, on the script's seed.
+    val = DataLoader(noise_loader(samples=9 * pipelines).dataset, 3, shuffle=pipelines == 1)
     trainer.fit(made, train, val, ckpt_path=ckpt_path)
     state = {name: value.clone() for name, value in made.state_dict().items()} if trainer.is_global_zero else {}
-    return {"losses": watcher.seen.losses, "rows": notes.rows, "state": state}
+    return {"losses": watcher.seen.losses, "rows": notes.rows, "state": {**buffers.found, **state}}
 
 
 def require_exact(
@@ -130,10 +143,27 @@ def test_half_an_accumulation_goes_on(tmp_path: Path) -> None:
     require_exact(tmp_path, 3, {"val-1-2": 7, "3": 8, "end-4": 10}, **options)
 
 
+def test_what_is_in_flight_in_pipelines_side_by_side_goes_on(tmp_path: Path) -> None:
+    """Each has its own buffers, random numbers, and gradients of half an accumulation."""
+    options = {"accumulate_grad_batches": 2, "strategy": {"data_parallel_size": 2}}
+    require_exact(tmp_path, 2, {"val-1-4": 7}, devices=4, **options)
+
+
 @FULL
 @pytest.mark.parametrize(
     ("p", "options"),
     [
+        (3, {"averages": lambda: [EMAWeightAveraging(decay=0.8, update_every_n_steps=2)]}),
+        *(
+            (2, {"devices": 4, **options, "strategy": {"data_parallel_size": 2, **options.get("strategy", {})}})
+            for options in (
+                {},
+                {"module": TiedThrice},
+                {"averages": lambda: [EMAWeightAveraging(decay=0.8)]},
+                {"strategy": {"schedule": "1f1b", "num_microbatches": 2}, "module": Dropping},
+                {"devices": 2},
+            )
+        ),
         (1, {}),
         (2, {"strategy": {"extra_in_flight": 2}}),
         (3, {"strategy": {"versions": "vertical"}}),
@@ -202,5 +232,5 @@ def test_a_file_without_it_is_told_of() -> None:
     with pytest.warns(UserWarning, match="not saved with exact_resume=True.* filled anew"):
         now.hear({"state_dict": {}})
     assert not now.is_going_on
-    now.hear({IN_FLIGHT: {"plan": now.plan, "stages": {0: {}}}})
+    now.hear({IN_FLIGHT: {"plan": now.plan, "stages": {0: {"older": {}}}, "beside": []}})
     assert now.is_going_on

@@ -19,11 +19,11 @@ from lightning_cpipe.transport.parcels import Parcels
 from tests.helpers.ranks import run_ranks
 
 
-def with_parcels(p: int, then: Any) -> list[Any]:
+def with_parcels(p: int, then: Any, givers: int | None = None) -> list[Any]:
     def on_rank(rank: int) -> Any:
         store = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=p)
-        parcels = Parcels(Control(p), rank, p)
+        parcels = Parcels(Control(p), rank, givers or p, p)
         try:
             return then(rank, parcels)
         finally:
@@ -68,6 +68,18 @@ def test_all_that_is_given_comes_in_order_with_its_strides() -> None:
             for name, tensor in expected.items():
                 assert (found[name].dtype, found[name].stride()) == (tensor.dtype, tensor.stride()), name
                 assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("givers", [1, 2])
+def test_some_things_are_asked_of_all_ranks(givers: int) -> None:
+    """And others of the first ones alone."""
+
+    def give(rank: int, parcels: Parcels) -> Any:
+        asked = [parcels.give(str(turn), lambda: rank, of_all=bool(turn % 2)) for turn in range(4)]
+        return [each.result() for each in asked]
+
+    found = with_parcels(3, give, givers)
+    assert found == [[[*range(givers)], [0, 1, 2]] * 2, *[[[]] * 4] * 2]
 
 
 def test_ranks_that_save_different_things_are_told() -> None:

@@ -5,6 +5,8 @@ mini-batch found. A run that goes on fills its pipeline with the same mini-batch
 to the very place where the other run was: what differs from any other resume is which weights the fill uses. Beside
 that, numbers follow from half an accumulation's gradients, from gradients of tied weights on their way, from the
 generators, and logged ones from the values of the epoch so far.
+
+Pipelines side by side have the same weights and older weights; all the rest is each one's own, and kept of each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ from lightning_cpipe.strategy.loops import fetcher_of
 from lightning_cpipe.strategy.steps.stage_run import StageRun
 from lightning_cpipe.strategy.steps.steps import Steps
 
+_BESIDE = "beside"
+"""What the pipelines beside the first one keep, in their order."""
+
+_OLDER = "older"
+"""What `StageStream.keep` calls older weights."""
+
 
 class ExactResume:
     """One rank's share.
@@ -40,16 +48,27 @@ class ExactResume:
         steps: of the run.
         schedule: who does what, when.
         evaluations: what their loaders draw from; None with one stage.
+        replica: the pipeline that the rank belongs to.
+        num_replicas: pipelines side by side.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, run: StageRun, steps: Steps, schedule: Schedule, evaluations: Stream | None
+        self,
+        trainer: pl.Trainer,
+        run: StageRun,
+        steps: Steps,
+        schedule: Schedule,
+        evaluations: Stream | None,
+        replica: int = 0,
+        num_replicas: int = 1,
     ) -> None:
         self._trainer = trainer
         self._run = run
         self._steps = steps
         self._schedule = schedule
         self._evaluations = evaluations
+        self._replica = replica
+        self._num_replicas = num_replicas
         self._saved: State | None = None
 
     # ---- saving ----
@@ -57,8 +76,12 @@ class ExactResume:
     def part(self) -> State:
         """What this rank keeps; copies on the CPU. Called between two local steps, the same on every rank."""
         kept = self._run.training.keep(self._in_window)
+        stages = kept.stages
+        if self._replica:
+            # The first pipeline has the same.
+            stages = {stage: {**each, _OLDER: {}} for stage, each in stages.items()}
         part = {
-            "stages": kept.stages,
+            "stages": stages,
             "ties": kept.ties,
             "sums": kept.sums,
             "random": {self._run.stages[-1]: state_in_plain(self._steps.random_state)},
@@ -77,13 +100,11 @@ class ExactResume:
         return on_cpu(part)
 
     @staticmethod
-    def whole(parts: list[State]) -> State:
-        """What a checkpoint holds under `IN_FLIGHT`, from what all ranks keep."""
-        whole: State = {}
-        for part in parts:
-            for name, content in part.items():
-                whole[name] = {**whole.get(name, {}), **content} if isinstance(content, dict) else content
-        return whole
+    def whole(parts: list[State], num_replicas: int = 1) -> State:
+        """What a checkpoint holds under `IN_FLIGHT`, from what the ranks of all pipelines keep, in their order."""
+        size = len(parts) // num_replicas
+        first, *beside = [_joined(parts[at : at + size]) for at in range(0, len(parts), size)]
+        return {**first, _BESIDE: beside}
 
     @property
     def _in_window(self) -> int:
@@ -96,6 +117,7 @@ class ExactResume:
         """What must be the same, for what is in flight to be forwarded once more."""
         extra = self._schedule.extra_in_flight if isinstance(self._schedule, Continuous) else 0
         return {
+            "data_parallel_size": self._num_replicas,
             "num_stages": self._run.cut.num_stages,
             "split_points": list(self._run.cut.starts),
             "schedule": self._schedule.name,
@@ -132,8 +154,10 @@ class ExactResume:
             )
             return
         # Where the file is mapped into memory, other stages' numbers stay there.
-        stages = {stage: saved["stages"][stage] for stage in self._run.stages}
-        self._saved = on_cpu({**saved, "stages": stages})
+        first, beside = saved, saved[_BESIDE]
+        own = [first, *beside][self._replica]
+        stages = {stage: {**own["stages"][stage], _OLDER: first["stages"][stage][_OLDER]} for stage in self._run.stages}
+        self._saved = on_cpu({**own, "stages": stages, _BESIDE: []})
 
     def begin_stream(self) -> None:
         """The stream begins: let it begin with what was in flight."""
@@ -155,3 +179,12 @@ class ExactResume:
             put_back_epoch_so_far(self._trainer, saved["epoch_so_far"])
         if (random := saved["random"].get(self._run.stages[-1])) is not None:
             set_state(state_from_plain(random))
+
+
+def _joined(parts: list[State]) -> State:
+    """What one pipeline keeps, from what its ranks keep."""
+    whole: State = {}
+    for part in parts:
+        for name, content in part.items():
+            whole[name] = {**whole.get(name, {}), **content} if isinstance(content, dict) else content
+    return whole

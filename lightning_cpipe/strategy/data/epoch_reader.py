@@ -84,6 +84,7 @@ class EpochReader:
         """Read an epoch that was begun before, from a place in it: each loader must have been given its own."""
         assert self._stream is not None
         if place.random is not None:
+            place.start.restore_seeds(self._loader)
             self._stream.state = place.start.random
             self.begin(place.epoch, place.index)
             self._stream.state = place.random

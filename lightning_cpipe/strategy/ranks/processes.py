@@ -44,6 +44,7 @@ class Processes:
         device: where this rank computes.
         backend: of the groups that carry tensors; None for the device's own.
         num_replicas: pipelines side by side.
+        all_save: whether those beside the first one have something for a checkpoint, too.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class Processes:
         device: torch.device,
         backend: str | None,
         num_replicas: int = 1,
+        *,
+        all_save: bool = False,
     ) -> None:
         self.rank = environment.global_rank()
         self.held = held
@@ -83,8 +86,8 @@ class Processes:
         self.shards: dist.ProcessGroup | None = None
         """Of the ranks of the first pipeline, for what they write together in the background."""
         self._groups: list[dist.ProcessGroup] = []
-        # Those of other pipelines hold the same weights, and send nothing.
-        self.parcels = Parcels(self.control, self.rank, len(held))
+        # Those of other pipelines hold the same weights, and send none.
+        self.parcels = Parcels(self.control, self.rank, len(held), self.num_ranks if all_save else None)
         # The connections outlive a run, for the next one with the same strategy, and end with the strategy.
         self._letting_go = weakref.finalize(
             self, _let_go_of, self._wiring, self.counterparts, self._groups, self.parcels, self.control, self._ending

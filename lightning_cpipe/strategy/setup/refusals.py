@@ -178,11 +178,6 @@ def reasons_in_replicas(asked: Options, num_processes: int, module: pl.Lightning
             f"data_parallel_size={size} with one stage: without a pipeline that is plain data parallelism. Use"
             " strategy='ddp', or more devices or stages."
         )
-    if asked.exact_resume:
-        yield (
-            f"exact_resume=True with data_parallel_size={size}: a checkpoint holds what is in flight in one pipeline,"
-            f" not in those beside it. Leave it out: the pipelines are filled anew after a resume. {LATER}"
-        )
     sparse = [name for name, each in module.named_modules() if getattr(each, "sparse", False) is True]
     if sparse:
         yield (

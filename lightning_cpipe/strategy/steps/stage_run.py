@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_cpipe.engine.averaging import Averaging
 from lightning_cpipe.engine.decisions import Decisions
@@ -166,17 +165,8 @@ class StageRun:
         return Averaging(averaged, ties.added_to, self._counterparts.start_sum, self._counterparts.num_replicas)
 
     def agree_to_leave_out(self, number: int, has_no_loss: bool) -> bool:
-        """Whether mini-batch `number`, which is backwarded next, has no loss; the last stage knows.
-
-        Raises:
-            MisconfigurationException: if it has none, and pipelines side by side average its gradient.
-        """
+        """Whether mini-batch `number`, which is backwarded next, has no loss in this pipeline; the last stage knows."""
         training = self.training
-        if has_no_loss and self.pipelines is not None:
-            raise MisconfigurationException(
-                f"`training_step` returned None for mini-batch {number}: with data_parallel_size > 1 the pipelines"
-                " beside this one wait for its gradient. Return a loss that is zero times something of the model."
-            )
         if self.decisions.leads:
             self.decisions.tell(LEAVE_OUT, has_no_loss)
         else:
