@@ -113,7 +113,11 @@ class OwnState:
 
 
 def between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
-    """The modules whose code runs on several stages: those around blocks, and beside them what has no weights."""
+    """The modules whose code runs on several stages: those around blocks, and beside them what has no weights.
+
+    What writes buffers, and is a stub on later stages, runs on one stage alone.
+    """
+    stubs = {f"{stub}." for step in cut.steps.values() for passage in step.passages for stub in passage.stubs}
     around = {""}
     for start in cut.starts:
         while "." in start:
@@ -123,8 +127,10 @@ def between_blocks(root: nn.Module, cut: Cut) -> Iterator[nn.Module]:
         module = root.get_submodule(name)
         yield module
         for key, child in module.named_children():
-            if f"{name}.{key}".removeprefix(".") not in around and next(child.parameters(), None) is None:
-                yield from child.modules()
+            path = f"{name}.{key}".removeprefix(".")
+            if path not in around and next(child.parameters(), None) is None:
+                inside = child.named_modules(prefix=path)
+                yield from (each for at, each in inside if not f"{at}.".startswith(tuple(stubs)))
 
 
 def _is_large(value: Any) -> bool:

@@ -24,12 +24,16 @@ data = partial(noise_loader, 20, shuffle=True)
 
 
 class Noisy(Chain):
-    """Draws and writes wherever it can: dropout, BatchNorm, noise of its own, into its batch, and on itself."""
+    """Draws and writes wherever it can: dropout, BatchNorm, noise of its own, into its batch, and on itself.
+
+    One BatchNorm stands between blocks, and has no weights.
+    """
 
     def __init__(self, depth: int = 4) -> None:
         super().__init__(depth, dropout=0.2, noise=True)
         for block in self.net:
             block.norm = nn.BatchNorm1d(WIDTH)
+        self.net.insert(2, nn.BatchNorm1d(WIDTH, affine=False))
         self.steps = 0
         self.register_buffer("total", torch.zeros(()))
 
