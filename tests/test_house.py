@@ -27,7 +27,7 @@ FLOORS = [
 
 FLOORS_OF_STRATEGY = [
     {"lightning_private", "options", "step_names"},
-    {"ranks", "data"},
+    {"ranks", "data", "finetuning"},
     {"loops"},
     {"setup"},
     {"steps"},

@@ -158,6 +158,9 @@ class Owned(Tied):
         if self._incoming.posted <= self._late:
             return
         for parameter, gradient in self._receive(waiting):
+            if not parameter.requires_grad:
+                # It is frozen for now; the optimizer would take zeros for a gradient.
+                continue
             if parameter.grad is None:
                 parameter.grad = gradient
             elif parameter.grad.is_sparse:

@@ -74,6 +74,11 @@ class StageModule:
         """The module's weights were changed from outside: take them over into the stage's own copies."""
         self._substitutes.follow()
 
+    def follow_freezing(self) -> None:
+        """Weights of the module may have been frozen or unfrozen: let the stage's own copies be so, too."""
+        for name, each in self._copies.items():
+            each.requires_grad_(self.root.get_parameter(name).requires_grad)
+
     def forward(
         self,
         name: str,

@@ -5,6 +5,7 @@ options            its arguments
 loops              the few methods of Lightning's loops that differ
 run_at_hand        this rank's part of one run
 hooks, summaries   which hooks run where; which weights are where
+finetuning         weights that are frozen first, and unfrozen later
 planning           what `cpipe plan` looks at, without a run
 step_names         the names that Lightning makes of a step's
 lightning_private  every private name of Lightning, in one place

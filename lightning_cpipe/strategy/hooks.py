@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import BaseFinetuning, LambdaCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -132,10 +132,13 @@ def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) ->
 
 
 def _show_own(trainer: pl.Trainer, module: pl.LightningModule, view: View) -> Iterator[Callable[[], None]]:
-    """Let hooks see the parameters that are here; Lightning's own callbacks only where they average them."""
+    """Let hooks see the parameters that are here; Lightning's own callbacks only where they average them.
+
+    Those that freeze and unfreeze mean all parameters, on every rank.
+    """
     for owner, hooks in ((module, _OF_MODULE), *((each, _OF_CALLBACKS) for each in callbacks_of(trainer))):
         of_lightning = type(owner).__module__.startswith("lightning.")
-        if of_lightning and not isinstance(owner, (AVERAGING, LambdaCallback)):
+        if isinstance(owner, BaseFinetuning) or (of_lightning and not isinstance(owner, (AVERAGING, LambdaCallback))):
             continue
         for hook in sorted(hooks):
             if is_overridden(hook, owner):

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -52,6 +52,7 @@ from lightning_cpipe.strategy.checkpoints.unhurried import save_unhurried
 from lightning_cpipe.strategy.checkpoints.whole import Whole
 from lightning_cpipe.strategy.data.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.data.hearsay import Hearsay, Unread
+from lightning_cpipe.strategy.finetuning import as_if_unfrozen, let_unfreeze
 from lightning_cpipe.strategy.hooks import arrange_hooks, view_of_hooks
 from lightning_cpipe.strategy.lightning_private import (
     callbacks_of,
@@ -88,8 +89,8 @@ from lightning_cpipe.strategy.summaries import show_stages
 from lightning_cpipe.strategy.updates.agreeing import agree_in_updates, links_beside, sums_of
 from lightning_cpipe.strategy.updates.clipping import Norms, OfOneStage
 
-_CHANGES_AT_EPOCHS = (GradientAccumulationScheduler,)
-"""Callbacks that change the plan when an epoch begins."""
+_CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler)
+"""Callbacks that change the plan, or what is trained, when an epoch begins."""
 
 
 def _all(_: str) -> bool:
@@ -145,7 +146,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
             this stage and those after it. ``lagged``: that of all stages, with the newest known numbers of those before
             it, which are a few updates old. With flush schedules it is the norm of all stages.
         cross_epoch: whether the stream goes on across epochs. If not, the pipeline is refilled at each; it switches
-            itself off with a `GradientAccumulationScheduler`.
+            itself off with a `GradientAccumulationScheduler` and with callbacks that unfreeze weights.
         exact_resume: whether checkpoints also hold what is in flight (older weights and buffers), so
             that a run that is stopped and resumed with as many stages gives the numbers of one that is not, bit for
             bit. Without, the pipeline is filled anew: the first mini-batches after a resume use the newest weights.
@@ -488,9 +489,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
             self._whole_optimizer_states = []
         self.precision_plugin.convert_module(module)
         blueprint, self._blueprint = self._blueprint, None
-        cut, in_parts = agree_on_cut(
-            trainer, self.processes, self._options, schedule, self.root_device, self._seed, blueprint
-        )
+        with as_if_unfrozen(trainer):
+            cut, in_parts = agree_on_cut(
+                trainer, self.processes, self._options, schedule, self.root_device, self._seed, blueprint
+            )
         if blueprint is not None:
             self.precision_plugin.convert_module(module)
         if fitting:
@@ -525,6 +527,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         sharing = share(trainer, stage_run.decisions, self._signals, self.timeline, stage_run.pipelines)
         view, undo = view_of_hooks(), list[Callable[[], None]]()
         if whole is not None:
+            undo += let_unfreeze(trainer, whole.in_groups)
             undo += arrange_hooks(trainer, module, cut, sharing, view, self.processes)
             undo += show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
@@ -545,7 +548,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, saves, undo, exact)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
-            training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
+            with as_if_unfrozen(trainer):
+                training = steps.begin_training(schedule, micro_batches, self._options.looks, sums, keep=keeps)
             precision, clip, device = self.precision_plugin, self._options.clip, self.root_device
             self._norms, further = agree_in_updates(
                 module, whole, stage_run, self.processes, schedule, precision, clip, device
@@ -604,7 +608,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         """Training begins: from here on no rank waits for another one but for its messages."""
         self._streaming = True
         self.stage_run.follow()
-        self.stage_run.training.begin()
+        with as_if_unfrozen(self._module.trainer):
+            self.stage_run.training.begin()
         if (exact := self.at_hand.exact) is not None:
             exact.begin_stream()
 
@@ -640,6 +645,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def before_epoch(self) -> None:
         """An epoch begins, and its first hooks were called: the weights that are trained must be those of the cut."""
         self.at_hand.steps.require_same_trainable()
+        self.stage_run.follow_freezing()
 
     def begin_epoch(self, resumed_at: int) -> None:
         """The loop goes on at batch `resumed_at` of its epoch, and no hook stands before it."""

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     ModelPruning,
@@ -105,10 +104,6 @@ class ValidatesIterator(Chain):
         next(dataloader_iter)
 
 
-class Unfreezes(BackboneFinetuning):
-    """By another name."""
-
-
 class Watched(Chain):
     """As W&B leaves a module that it watches."""
 
@@ -127,12 +122,6 @@ TRAINERS: list[Any] = [
     ),
     (TakesIterator, dict, ["dataloader_iter", "take `batch` and `batch_idx`"], False),
     (ValidatesIterator, dict, ["`validation_step(self, dataloader_iter)`", "take `batch` and `batch_idx`"], False),
-    (
-        Chain,
-        lambda: {"callbacks": [Unfreezes()]},
-        ["Unfreezes", "settled when the module is cut", "Fit twice"],
-        True,
-    ),
     (
         Chain,
         lambda: {"callbacks": [ModelPruning("l1_unstructured")]},
@@ -252,7 +241,7 @@ def test_all_reasons_are_listed_at_once() -> None:
     others = TakesIterator, ValidatesIterator, Watched
     said += [parts for module, _, parts, _ in TRAINERS if module not in others]
     reasons = refused(Manual(), together, **flags)
-    assert len(reasons) == len(said) == 18
+    assert len(reasons) == len(said) == 17
     assert all(any(all(part in reason for part in parts) for reason in reasons) for parts in said)
 
 
@@ -373,7 +362,7 @@ class UnfreezesLater(Chain):
 def test_what_was_frozen_when_the_module_was_cut_stays_so() -> None:
     """Earlier stages would get no gradient, and nothing would say so."""
     said = cause(2, UnfreezesLater(), epochs=2, where="at mini-batch")
-    for part in ("`requires_grad` of 4 parameters changed", "'net.0.norm.weight'", "fit again"):
+    for part in ("`requires_grad` of 4 parameters changed", "'net.0.norm.weight'", "`BaseFinetuning`", "fit again"):
         assert part in said
 
 

@@ -49,6 +49,12 @@ class GroupOrder:
         self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self.given_names = [_given_names(group) for group in optimizer.param_groups]
 
+    def restore(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put all parameters into the groups again, given by name."""
+        for group, names, given_names in zip(optimizer.param_groups, self.groups, self.given_names):
+            group.update(given_names)
+            group["params"] = [parameters[name] for name in names]
+
     @property
     def numbers(self) -> dict[str, int]:
         """The number that Lightning's checkpoint gives to each parameter's state."""

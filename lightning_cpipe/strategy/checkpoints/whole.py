@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -79,10 +80,26 @@ class Whole:
     def take_apart(self) -> None:
         """Keep the weights of this rank's stages, in the module and in the optimizers."""
         keep_only(self._module, self._cut, *self._stages)
+        self._keep_own_in_groups()
+        self.averages.take_apart()
+
+    def _keep_own_in_groups(self) -> None:
         owned = [p for name, p in self._module.named_parameters() if self._cut.homes[name][0] in self._stages]
         for optimizer in self._optimizers:
             keep_own_parameters(optimizer, owned)
-        self.averages.take_apart()
+
+    @contextmanager
+    def in_groups(self) -> Iterator[None]:
+        """Inside, the groups of the optimizers have all parameters, and may be changed, on all ranks alike."""
+        named = dict(self._module.named_parameters())
+        for optimizer, order in zip(self._optimizers, self._orders):
+            order.restore(optimizer, named)
+        try:
+            yield
+        finally:
+            names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+            self._orders = [GroupOrder(optimizer, names) for optimizer in self._optimizers]
+            self._keep_own_in_groups()
 
     def state_dict(self) -> State:
         """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.

@@ -8,7 +8,6 @@ from typing import Any, NoReturn, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     ModelPruning,
@@ -257,12 +256,6 @@ def reasons_in_trainer(
         yield (
             "StochasticWeightAveraging of a module with BatchNorm: its last epoch has forwards without backwards, to"
             " measure the statistics anew. Take `WeightAveraging`, which averages them with the weights."
-        )
-    finetuning = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, BaseFinetuning)]
-    if finetuning and num_stages > 1:
-        yield (
-            f"{finetuning[0]}: the weights that are trained are settled when the module is cut, and it unfreezes some"
-            f" later. Fit twice, with the weights unfrozen (`requires_grad_(True)`) in between. {LATER}"
         )
     pruning = [type(each).__name__ for each in callbacks_of(trainer) if isinstance(each, ModelPruning)]
     if pruning and num_stages > 1:

@@ -180,6 +180,11 @@ class StageRun:
         for module in self.modules:
             module.follow()
 
+    def follow_freezing(self) -> None:
+        """Weights may have been frozen or unfrozen: let their copies be the same."""
+        for module in self.modules:
+            module.follow_freezing()
+
     def settle(self) -> int:
         """Training is over: discard what is in flight.
 

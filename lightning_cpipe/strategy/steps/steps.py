@@ -19,6 +19,7 @@ from lightning_cpipe.schedules.schedule import Schedule
 from lightning_cpipe.stage.randomness import GeneratorState, derived_seed, get_state, seeded
 from lightning_cpipe.strategy.data.drawn import Drawn, Released
 from lightning_cpipe.strategy.data.micro_batches import MicroBatch, MicroBatches
+from lightning_cpipe.strategy.finetuning import finetunes
 from lightning_cpipe.strategy.lightning_private import (
     end_open_records,
     has_transfer_hooks,
@@ -89,7 +90,8 @@ class Steps:
             sums: what the stages tell each other of their gradients, by purpose.
             keep: whether a later run may go on from any step of this one.
         """
-        self._trainable = self._trainable_now()
+        # What a callback may unfreeze has a place in all that is made here.
+        self._trainable = {} if finetunes(self._trainer) else self._trainable_now()
         self._takes_batch_idx = len(training_arguments(self._trainer, None, 0)) > 1
         self._transfers_its_own_way = has_transfer_hooks(self._trainer)
         source = fetcher_of(self._trainer)
@@ -114,8 +116,8 @@ class Steps:
         if changed:
             raise MisconfigurationException(
                 f"`requires_grad` of {len(changed)} parameters changed since the module was cut, that of {changed[0]!r}"
-                " first: stages send each other the gradients that were needed then. Freeze and unfreeze before `fit`,"
-                " and fit again after a change."
+                " first: stages send each other the gradients that were needed then. Let a `BaseFinetuning` callback do"
+                " it; or freeze and unfreeze before `fit`, and fit again after a change."
             )
 
     def _trainable_now(self) -> dict[str, bool]:
