@@ -58,7 +58,7 @@ class AbsentParameter(nn.Parameter):
             f"stage {absent.here} used the parameter {absent.full_name!r} (in {func}), whose weights live on stage"
             f" {absent.home}. Code that runs outside the step, or between modules on every stage, sees only the"
             " weights of its own stage: use the parameter inside the module that owns it, and call that module in the"
-            " step."
+            " step. After a run, a module that was too big to be built as a whole stays in parts."
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -74,8 +74,8 @@ class AbsentParameter(nn.Parameter):
         raise AbsentWeightError(
             f"stage {self.here} was asked to save the parameter {self.full_name!r}, whose weights live on stage"
             f" {self.home}. While a pipeline runs, save with `trainer.save_checkpoint(path)`, called on every rank;"
-            " `on_save_checkpoint` gets the whole state dict. Or save when the run is over: the module on rank 0 is"
-            " whole then, unless it was too big to be built as a whole. (If it is among the hyperparameters:"
+            " `on_save_checkpoint` gets the whole state dict. Or save when the run is over: the module is whole"
+            " then, unless it was too big to be built as a whole. (If it is among the hyperparameters:"
             " `self.save_hyperparameters(ignore=...)`.)"
         )
 

@@ -40,7 +40,7 @@ class RunAtHand:
     exact: ExactResume | None = None
 
     def end(self) -> list[State] | None:
-        """All went well: take what is under way to its end, and make the module on rank 0 whole again.
+        """All went well: take what is under way to its end, and make the module whole again.
 
         Returns:
             After a fit, on rank 0, the states of the whole module's optimizers.

@@ -1031,7 +1031,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
-        """Make the module on rank 0 whole again, unless it is too big for that, and let go of the others."""
+        """Make the module whole again, unless it is too big for that, and let go of the other ranks."""
         if self._at_hand is not None:
             self._at_hand.saves.break_off() if self._is_broken else self._at_hand.saves.finish()
         if self._at_hand is not None and self._is_broken:

@@ -195,3 +195,17 @@ def test_a_pipeline_that_was_suspended_as_a_whole_goes_on(start: Start, launcher
     assert "fitted" in ended.out
     assert not ended.causes
     session.require_nothing_left()
+
+
+def test_what_a_rank_does_after_the_run_ends_that_rank_alone(run: Run) -> None:
+    """It once ended rank 0 too, which still had to evaluate, export and draw."""
+    ended = run("popen", 2, goes_on={"fits_again": False})
+    assert (ended.status, ended.out.split()) == (0, ["gone:", "1", "fitted"])
+    assert MESSAGE in ended.err
+
+
+@pytest.mark.full
+def test_no_further_run_begins_without_a_rank(run: Run) -> None:
+    ended = run("popen", 2, goes_on={"fits_again": True})
+    assert ended.status == 1
+    assert "stage 0 (rank 1) failed: its process ended with status 1 after an earlier run" in ended.err

@@ -192,6 +192,15 @@ def fit(
     return trainer
 
 
+def go_on(trainer: pl.Trainer, fits_again: bool) -> None:
+    """What a script does after its run; on other ranks than 0 it fails."""
+    if not trainer.is_global_zero:
+        raise ValueError(MESSAGE)
+    print("gone:", *(child.wait() for child in trainer.strategy.launcher.procs))
+    if fits_again:
+        trainer.fit(Module(None))
+
+
 def wait_for_orders() -> None:
     """For every line on standard input, fork a process that goes on as if it had been started with it.
 
@@ -222,5 +231,9 @@ if __name__ == "__main__":
 
         main(sys.argv[1:])
     else:
-        fit(**json.loads(sys.argv[1]))
+        asked = json.loads(sys.argv[1])
+        goes_on = asked.pop("goes_on", None)
+        trainer = fit(**asked)
+        if goes_on is not None:
+            go_on(trainer, **goes_on)
         print("fitted")

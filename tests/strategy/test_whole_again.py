@@ -1,4 +1,4 @@
-"""After a run the module on rank 0 is the user's own again: whole, on the CPU, with all its methods and parameters."""
+"""After a run the module is the user's own again: whole, on the CPU, with all its methods and parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cpipe.errors import AbsentWeightError, RankLostError
+from lightning_cpipe.errors import RankLostError
 from lightning_cpipe.strategy.run_at_hand import RunAtHand
 from tests.helpers.fits import alone, fit_alone, fit_in_pipeline, in_pipeline, quiet_trainer, require_plain_results
 from tests.helpers.modules import WIDTH, Chain, noise_loader
@@ -39,11 +39,8 @@ def use(trainer: pl.Trainer, module: WithBuffers) -> dict[str, Any]:
         "types": {type(p) for p in module.parameters()},
     }
     x = next(iter(noise_loader()))[0]
-    try:
-        found["output"] = module.eval()(x)
-        found["state"] = {name: value.clone() for name, value in module.state_dict().items()}
-    except AbsentWeightError as error:
-        found["output"] = str(error)
+    found["output"] = module.eval()(x)
+    found["state"] = {name: value.clone() for name, value in module.state_dict().items()}
     return found
 
 
@@ -54,19 +51,16 @@ def test_the_module_is_the_users_own_again(p: int) -> None:
         "max_epochs": 1, "accumulate_grad_batches": 100,
     }  # fmt: skip
     plain = fit_alone(**options).found
-    first, *others = (seen.found for seen in fit_in_pipeline(p, **options))
     assert plain["types"] == {nn.Parameter}
-    for name in ("attributes", "hooks", "callbacks", "training", "name", "trainer", "requires_grad", "types"):
-        assert first[name] == plain[name]
-    assert torch.equal(first["output"], plain["output"])
-    assert first["state"].keys() == plain["state"].keys()
-    for name, value in first["state"].items():
-        assert torch.equal(value, plain["state"][name]), name
-    for found in others:
-        # The others keep their stage; the rest is absent, and says so.
-        assert found["hooks"] == plain["hooks"]
-        assert found["callbacks"] == plain["callbacks"]
-        assert isinstance(found["output"], str)
+    for seen in fit_in_pipeline(p, **options):
+        found = seen.found
+        for name in ("attributes", "hooks", "callbacks", "training", "name", "trainer", "requires_grad", "types"):
+            assert found[name] == plain[name]
+        # Scripts go on alike on all ranks: with weights of other stages absent, `torch.save` spoilt the file of rank 0.
+        assert torch.equal(found["output"], plain["output"])
+        assert found["state"].keys() == plain["state"].keys()
+        for name, value in found["state"].items():
+            assert torch.equal(value, plain["state"][name]), name
 
 
 class MadeLate(Chain):

@@ -182,9 +182,10 @@ class Whole:
         ]
 
     def put_together(self) -> list[State]:
-        """Bring weights and buffers of all stages to rank 0; all ranks must call it.
+        """Make the module whole again on every rank; all must call it.
 
-        A module that is too big for that stays in parts. Every rank gets its buffers from where they are true.
+        A script goes on after a run on all ranks alike, with `torch.save` or a forward. A module that is too big for
+        that stays in parts; every rank gets its buffers from where they are true.
 
         Returns:
             On rank 0, the states of the whole module's optimizers.
@@ -201,12 +202,12 @@ class Whole:
         states = [self.optimizer_state(optimizer) for optimizer in self._optimizers]
         self._module.cpu()
         unfreeze_stand_ins(self._module, self._cut, *self._stages)
-        if not self._parcels.gathers:
-            self._parcels.settle()
-            return []
         make_room(self._module)
         fill(self._module, numbers)
-        whole: list[State] = settled(states)
+        self._parcels.settle()
+        with torch.no_grad():
+            self._control.share_tensors([*self._module.parameters(), *self._module.buffers()])
+        whole: list[State] = settled(states) if self._parcels.gathers else []
         return whole
 
     def _gather_numbers(self) -> dict[str, Promised]:

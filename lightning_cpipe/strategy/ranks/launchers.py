@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -72,11 +72,14 @@ class ScriptLauncher(SubprocessScriptLauncher):
                 start_children(self)
             self._child_watch = _ChildWatch(self.procs, self._strategy)
             self._child_watch.start()
+        elif self._child_watch is not None:
+            self._child_watch.require_all()
         if self.num_processes > 1:
             # A process alone shares the cores with nobody.
             set_num_threads_if_needed(num_processes=self.num_processes)
         try:
-            return function(*args, **kwargs)
+            with self._child_watch.watching() if self._child_watch is not None else nullcontext():
+                return function(*args, **kwargs)
         except BaseException as error:
             if self.procs and not dist.is_initialized():
                 self._give_up(error)
@@ -138,7 +141,8 @@ class ProcessLauncher(MultiProcessingLauncher):
 class _ChildWatch(threading.Thread):
     """Ends the main process if a child is gone and the main thread, which may wait for it, does not notice.
 
-    That is so while the ranks still look for each other; later, every rank watches all others.
+    That is so while the ranks still look for each other; later, every rank watches all others. Between runs nobody
+    waits for a child, and what becomes of it does not end this process.
 
     Args:
         children: the further ranks.
@@ -150,37 +154,60 @@ class _ChildWatch(threading.Thread):
         self._children = children
         self._strategy = strategy
         self._have_met = False
+        self._in_run = threading.Event()
         self._stopping = threading.Event()
 
     def stop(self) -> None:
         """The main thread ends the children itself."""
         self._stopping.set()
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """A run is inside."""
+        self._in_run.set()
+        try:
+            yield
+        finally:
+            self._in_run.clear()
+
+    def require_all(self) -> None:
+        """A further run is about to begin, for which all children must be there.
+
+        Raises:
+            RankLostError: if one is not.
+        """
+        if (rank := self._failed) is not None:
+            raise RankLostError(f"{self._cause_of(rank).text} after an earlier run, so no further one can begin", rank)
+
+    @property
+    def _failed(self) -> int | None:
+        return next((rank for rank, child in enumerate(self._children, 1) if child.poll()), None)
+
     @override
     def run(self) -> None:
-        while any(child.poll() is None for child in self._children):
+        while not self._stopping.is_set():
             self._have_met |= dist.is_initialized()
-            failed = next((i for i, child in enumerate(self._children) if child.poll()), None)
-            if failed is not None:
-                self._end(failed + 1)
+            if self._in_run.is_set() and self._failed is not None:
+                self._end(self._failed)
+            elif self._failed is None and all(child.poll() is not None for child in self._children):
                 return
             time.sleep(POLL_S)
-        failed = next((i for i, child in enumerate(self._children) if child.returncode), None)
-        if failed is not None:
-            self._end(failed + 1)
 
     def _end(self, rank: int) -> None:
         if self._have_met:
             # The main thread may know better why, and end the process first.
             time.sleep(2 * GRACE_S)
-        if self._stopping.is_set() or not threading.main_thread().is_alive():
-            # It is about to, once the loggers have said goodbye.
+        if self._stopping.is_set() or not self._in_run.is_set() or not threading.main_thread().is_alive():
+            # It is about to, once the loggers have said goodbye; or it is done with the run.
             return
-        status = self._children[rank - 1].returncode
-        say(FirstCause.of(rank, self._strategy.named_stages_of(rank), f"its process ended with status {status}"))
+        say(self._cause_of(rank))
         for child in self._children:
             child.kill()
         os._exit(1)
+
+    def _cause_of(self, rank: int) -> FirstCause:
+        status = self._children[rank - 1].returncode
+        return FirstCause.of(rank, self._strategy.named_stages_of(rank), f"its process ended with status {status}")
 
 
 @contextmanager
