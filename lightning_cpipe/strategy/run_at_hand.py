@@ -10,6 +10,7 @@ from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
 from lightning_cpipe.strategy.checkpoints.optimizer_states import State
 from lightning_cpipe.strategy.checkpoints.saves import Saves
 from lightning_cpipe.strategy.checkpoints.whole import Whole
+from lightning_cpipe.strategy.checkpoints.writer import Writer
 from lightning_cpipe.strategy.sharing.sharing import Sharing
 from lightning_cpipe.strategy.steps.stage_run import StageRun
 from lightning_cpipe.strategy.steps.steps import Steps
@@ -25,7 +26,7 @@ class RunAtHand:
         sharing: its share in the talk of what the last stage logs and decides.
         whole: its share in the whole module; None where there is one stage.
         view: what the module shows of its parameters.
-        saves: the checkpoints that it still has to write.
+        writer: writes its share of checkpoints.
         undo: leaves Lightning's objects as they were; called in reverse, each once.
         exact: its share in what a checkpoint keeps to be resumed exactly; None where that is not asked for.
     """
@@ -35,9 +36,14 @@ class RunAtHand:
     sharing: Sharing
     whole: Whole | None
     view: View
-    saves: Saves
+    writer: Writer
     undo: list[Callable[[], None]]
     exact: ExactResume | None = None
+
+    @property
+    def saves(self) -> Saves:
+        """The checkpoints that this rank still has to write."""
+        return self.writer.saves
 
     def end(self) -> list[State] | None:
         """All went well: take what is under way to its end, and make the module whole again.

@@ -42,14 +42,12 @@ from lightning_cpipe.stage.randomness import Stream, derived_seed, get_state, se
 from lightning_cpipe.stage.stage_module import StageModule
 from lightning_cpipe.strategy.checkpoints.averages import Averages
 from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
-from lightning_cpipe.strategy.checkpoints.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.checkpoints.one_file import write_file
-from lightning_cpipe.strategy.checkpoints.optimizer_states import IN_FLIGHT, State
-from lightning_cpipe.strategy.checkpoints.promised import PromisedState, as_it_is_now
-from lightning_cpipe.strategy.checkpoints.saves import Saves
-from lightning_cpipe.strategy.checkpoints.sharded import is_sharded, read_shards, take_shard, write_shard
+from lightning_cpipe.strategy.checkpoints.optimizer_states import State
+from lightning_cpipe.strategy.checkpoints.reader import Reader
 from lightning_cpipe.strategy.checkpoints.unhurried import save_unhurried
 from lightning_cpipe.strategy.checkpoints.whole import Whole
+from lightning_cpipe.strategy.checkpoints.writer import Writer
 from lightning_cpipe.strategy.data.fetcher import LookaheadFetcher
 from lightning_cpipe.strategy.data.hearsay import Hearsay, Unread
 from lightning_cpipe.strategy.finetuning import as_if_unfrozen, let_unfreeze
@@ -91,10 +89,6 @@ from lightning_cpipe.strategy.updates.clipping import Norms, OfOneStage
 
 _CHANGES_AT_EPOCHS = (BaseFinetuning, GradientAccumulationScheduler)
 """Callbacks that change the plan, or what is trained, when an epoch begins."""
-
-
-def _all(_: str) -> bool:
-    return True
 
 
 class ContinuousPipeStrategy(ParallelStrategy):
@@ -256,7 +250,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._hearsay = self._hearsay_of_evaluations = Hearsay()
         self._at_hand: RunAtHand | None = None
         self._blueprint: Blueprint | None = None
-        self._reading: Reading = nullcontext
+        self._reader = Reader()
         self._stage_now = 0
         self._streaming = False
         self._signals: Signals | None = None
@@ -534,18 +528,18 @@ class ContinuousPipeStrategy(ParallelStrategy):
         keeps = self._options.exact_resume and fitting
         pipeline = self.replica, self.num_replicas
         exact = ExactResume(trainer, stage_run, steps, schedule, self._evaluation_stream, *pipeline) if keeps else None
-        parcels = self.processes.parcels
-        # Of a save: weights, optimizer's state, averages, what is in flight, and on rank 0 the file. It may be ahead of
-        # the first stage, and save in each of its steps.
-        of_a_save = (1 if self._shards else 3 if self.is_global_zero else 2) + keeps
-        of_a_save += 0 if whole is None else len(whole.averages)
-        ahead_of_first = schedule.lag(0, self.num_stages) - schedule.lag(self.stage, self.num_stages)
-        parcels.most = of_a_save * (2 + ahead_of_first)
-        write = partial(write_file, self.checkpoint_io)
-        saves = Saves(parcels, write, in_background=self._options.async_save)
+        writer = Writer(
+            self.processes,
+            whole,
+            exact,
+            partial(write_file, self.checkpoint_io),
+            ahead=schedule.lag(0, self.num_stages) - schedule.lag(self.stage, self.num_stages),
+            in_shards=self._shards,
+            in_background=self._options.async_save,
+        )
         if fitting and self.is_global_zero:
-            undo += save_unhurried(trainer, saves)
-        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, saves, undo, exact)
+            undo += save_unhurried(trainer, writer.saves)
+        self._at_hand = RunAtHand(stage_run, steps, sharing, whole, view, writer, undo, exact)
         if fitting:
             micro_batches = None if schedule.streams else self._options.num_microbatches
             with as_if_unfrozen(trainer):
@@ -838,22 +832,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def save_checkpoint(self, checkpoint: State, filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one plain file of the whole module. What is in flight stays in flight, and no other rank waits."""
         if self._at_hand is not None and self._at_hand.whole is not None and self._is_broken:
-            rank_zero_warn(f"no checkpoint at {filepath}: the pipeline is broken, and each rank holds only its part.")
+            rank_zero_warn(
+                f"no checkpoint at {filepath}, even where a callback says so next: the pipeline is broken, and each"
+                " rank holds only its part. Files of earlier saves are as they were."
+            )
             return
-        if self._at_hand is not None and self._at_hand.exact is not None and "optimizer_states" in checkpoint:
-            parts = self.processes.parcels.give("what is in flight", self._at_hand.exact.part, of_all=True)
-            if self.is_global_zero:
-                checkpoint[IN_FLIGHT] = PromisedState(lambda: ExactResume.whole(parts.result(), self.num_replicas))
-        if self._shards and self._taken_apart is not None:
-            if self.processes.replica > 0:
-                return
-            shard, saves = take_shard(checkpoint), self.at_hand.saves
-            write = partial(write_shard, shard, as_it_is_now(checkpoint), filepath, self.processes.shards)
-            saves.save_shard(write, filepath, at_once=not self._streaming, leads=self.is_global_zero)
-        elif self.is_global_zero and self._at_hand is None:
-            write_file(self.checkpoint_io, checkpoint, filepath, storage_options)
+        if self._at_hand is not None:
+            self._at_hand.writer.write(checkpoint, filepath, storage_options, at_once=not self._streaming)
         elif self.is_global_zero:
-            self.at_hand.saves.save(checkpoint, filepath, storage_options, at_once=not self._streaming)
+            write_file(self.checkpoint_io, checkpoint, filepath, storage_options)
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
@@ -867,23 +854,15 @@ class ContinuousPipeStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, *args: Any, **kwargs: Any) -> State:
         """What the file holds; of a module in parts, numbers are read where they are used."""
-        whole = self._taken_apart
-        if is_sharded(checkpoint_path):
-            self._reading = nullcontext
-            is_here = _all if whole is None else whole.is_here
-            return read_shards(checkpoint_path, is_here, *args, **kwargs)
-        if whole is not None and whole.stays_in_parts and can_be_mapped(checkpoint_path, self.checkpoint_io):
-            content, self._reading = read_mapped(checkpoint_path, *args, **kwargs)
-            return content
-        self._reading = nullcontext
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        as_usual = super().load_checkpoint
+        return self._reader.read(checkpoint_path, self._taken_apart, self.checkpoint_io, as_usual, *args, **kwargs)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         if (whole := self.at_hand.whole) is None:
             super().load_model_state_dict(checkpoint, strict)
         else:
-            with self._reading():
+            with self._reader.copying():
                 whole.load_module(checkpoint["state_dict"], strict)
             self.stage_run.follow()
 
@@ -891,7 +870,7 @@ class ContinuousPipeStrategy(ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint["optimizer_states"]
         whole = self.at_hand.whole
-        with self._reading():
+        with self._reader.copying():
             own = states if whole is None else whole.own_optimizer_states(states)
         super().load_optimizer_state_dict({"optimizer_states": own})
         if self.at_hand.exact is not None:
