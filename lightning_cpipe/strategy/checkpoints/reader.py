@@ -19,8 +19,7 @@ class Reader:
     """One rank's.
 
     Attributes:
-        copying: makes a context in which what was read last is to be copied; of a module in parts, all else stays in the
-            file.
+        copying: makes a context in which what was read last is to be copied; of a module in parts, no more is read.
     """
 
     def __init__(self) -> None:
