@@ -141,3 +141,17 @@ def _with_gradients(layers: nn.Sequential, x: Tensor) -> list[nn.Parameter]:
     layers.zero_grad()
     layers(x).sum().backward()
     return list(layers.parameters())
+
+
+def test_the_first_bucket_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bytes_of_one = 2 * 2 * 4
+    monkeypatch.setattr(averaging, "FIRST_BUCKET", bytes_of_one)
+    monkeypatch.setattr(averaging, "BUCKET", 3 * bytes_of_one)
+    layers = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(6)))
+    other = Counterpart(layers)
+    average = attached(layers, other)
+    for _ in range(2):
+        other.begun.clear()
+        layers.zero_grad()
+        update(average, layers(torch.ones(1, 2)).sum())
+    assert other.begun == [1, 4, 6]

@@ -99,3 +99,12 @@ def test_a_limit_ends_training_where_plain_lightning_ends_it(name: str) -> None:
         assert kinds[BACKWARD] == len(plain.losses)
         if name not in IN_VAIN:
             assert kinds[FORWARD] == kinds[BACKWARD]
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_factor_that_changes_with_the_epoch_refills_the_pipeline(changes: bool) -> None:
+    """What is forwarded before the epoch ends would be given to updates by the old factor."""
+    callbacks = [GradientAccumulationScheduler({0: 2, 1: 1})] if changes else []
+    seen = fit_in_pipeline(2, Chain, noise_loader, max_epochs=2, callbacks=lambda: callbacks)[1]
+    length = len(noise_loader())
+    assert (seen.spans.index((BACKWARD, length - 1)) < seen.spans.index((FORWARD, length))) == changes
