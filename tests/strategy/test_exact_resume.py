@@ -14,7 +14,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError
 
@@ -46,6 +48,21 @@ class Sensitive(Chain):
         self.metric(loss.reshape(1), torch.zeros(1))
         self.log("metric", self.metric, on_step=True, on_epoch=True)
         return loss
+
+
+class Overflows(Chain):
+    """Logs the scale of its loss, which is too large at first. On the first stage some gradients are not finite."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.2)
+        self.net[0].register_forward_hook(self.breaks)
+
+    def breaks(self, _: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if out.requires_grad and bool(args[0].sum() > 1):
+            out.register_hook(lambda gradient: gradient * math.inf)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.log("scale", self.trainer.precision_plugin.scaler.get_scale(), on_step=True)
 
 
 Dropping = partial(Chain, dropout=0.2, noise=True, optimizer="adam")
@@ -173,6 +190,11 @@ def test_what_is_in_flight_in_pipelines_side_by_side_goes_on(tmp_path: Path) -> 
         (4, {"strategy": {"split_points": ["net.1", "net.2", "net.3"]}, "devices": 2}),
         (4, {"module": partial(Sensitive, optimizer="adamw"), "devices": 1}),
         (2, {"strategy": {"schedule": "1f1b", "num_microbatches": 3}, "module": Dropping}),
+        pytest.param(
+            3,
+            {"module": Overflows, "plugins": MixedPrecision("16-mixed", "cpu", GradScaler("cpu", 2.0**19))},
+            id="16-mixed",
+        ),
     ],
     ids=lambda each: str(each),
 )

@@ -138,6 +138,7 @@ def test_a_plan_that_torch_wrote_runs(tmp_path: Path) -> None:
     [
         ("0F0,0F1,0B0\n1F0,1B0,1F1,1B1\n", {}, ["stage 0: F1 has no B1", "can't run"]),
         ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", {}, ["stage 0, row 1: RECV_B0 waits for ever", "; stage 1, row 1"]),
+        ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n2F0\n3F0\n", {}, ["stage 2: F0 has no B0", "can't run"]),
         ("0F0,0B0,0U0,0F1,0B1,0U1\n1F0,1B0,1U0,1F1,1B1,1U1\n", {}, ["stage 0: U0 before F1", "updates once"]),
         ("0F1,0F0,0B0,0B1\n1F1,1F0,1B0,1B1\n", {}, ["stage 0: F1 where F0 is due", "in order"]),
         ("0F0,0B0\n1F0,1B0\n2F0,2B0\n", {}, ["for 3 stages on 3 devices, not for 3 on 2", "to 3 or a divisor of it"]),

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_cpipe import ContinuousPipeStrategy
+from lightning_cpipe.schedules import Given, ZeroBubble
 from tests.helpers.comparing import require_equal_under_policy
 from tests.helpers.fits import Notes, Numbers, Seen, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import WIDTH, Chain, noise_loader
@@ -220,6 +221,7 @@ def test_split_backwards_are_rehearsed_too() -> None:
         ({"schedule": "gpipe", "num_microbatches": 3}, 1),
         ({"schedule": "1f1b", "num_microbatches": 3}, 2),
         ({"schedule": "zb", "num_microbatches": 3}, 1),
+        pytest.param({"schedule": Given(ZeroBubble().plan(8, 3))}, 2, id="given"),
     ],
     ids=lambda each: "-".join(map(str, each.values())) if isinstance(each, dict) else str(each),
 )

@@ -202,7 +202,7 @@ def reasons_in_plan(asked: Options, schedule: Schedule, num_ranks: int, num_stag
         plan, sizes = schedule.given, range(schedule.num_batches, schedule.num_batches + 1)
         if m != schedule.num_batches:
             yield f"num_microbatches={m}: the plan of {words} is for {schedule.num_batches} of them. Leave it out."
-        if (plan.num_stages, plan.num_ranks) != (num_stages, num_ranks):
+        if plan.num_stages != num_stages or plan.num_ranks % num_ranks:
             yield (
                 f"{words}: the plan is for {plan.num_stages} stages on {plan.num_ranks} devices, not for {num_stages}"
                 f" on {num_ranks}. Set `devices` to {plan.num_ranks} or a divisor of it and leave `num_stages` out, or"
