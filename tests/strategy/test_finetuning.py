@@ -184,6 +184,15 @@ def test_continuous_it_is_training_with_delayed_gradients() -> None:
     require_same_bits(seen.found.buffers, {name.removeprefix("module."): each for name, each in whole.named_buffers()})
 
 
+@pytest.mark.full
+def test_what_is_tied_and_frozen_gives_no_late_gradient() -> None:
+    """Where the copy of a stage lies in the owner's process, as where it has one of its own."""
+    options: dict[str, Any] = {"callbacks": lambda: [First()], "max_epochs": EPOCHS}
+    on_three, on_one = (fit_in_pipeline(3, TiedTransfer, loader, devices=n, **options)[0] for n in (3, 1))
+    assert on_three.losses == on_one.losses
+    require_same_bits(on_three.weights, on_one.weights)
+
+
 def saving(folder: Path, callback: Callable[[], BaseFinetuning], **when: Any) -> dict[str, Any]:
     """What a run saves, named by its step."""
     saves = partial(ModelCheckpoint, folder, "{step}", save_top_k=-1, auto_insert_metric_name=False, **when)
