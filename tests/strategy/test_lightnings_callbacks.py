@@ -26,10 +26,13 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from torch import Tensor
+from torch.nn.utils import prune
 
+from lightning_cpipe import ContinuousPipeStrategy
 from tests.helpers.causes import cause
-from tests.helpers.fits import Notes, Seen, fit_alone, fit_in_pipeline
+from tests.helpers.fits import Notes, Numbers, Seen, fit_alone, fit_in_pipeline, quiet_trainer, require_same_bits
 from tests.helpers.modules import Chain, noise_loader
+from tests.helpers.ranks import run_ranks
 
 DOCS = Path(__file__).parents[2] / "docs" / "lightning.md"
 
@@ -139,6 +142,40 @@ def test_a_checkpoint_on_an_exception_does_not_hide_the_exception(tmp_path: Path
     said = cause(2, Breaks(), where="at mini-batch 3", callbacks=[OfProcess(tmp_path)], checkpoints=True)
     assert "the first cause" in said
     assert {each.stem for each in tmp_path.iterdir()} <= {str(os.getpid())}
+
+
+class Pruned(Chain):
+    """Half of the weights of its linear layers are masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prune()
+
+    def prune(self) -> None:
+        for block in self.net:
+            prune.l1_unstructured(block.linear, "weight", 0.5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", ["gpipe", "continuous"])
+def test_pruned_between_fits_instead_of_by_a_callback(schedule: str) -> None:
+    def rounds(options: Callable[[], dict[str, Any]]) -> Numbers:
+        module = Pruned()
+        for number in range(2):
+            if number > 0:
+                module.prune()
+            quiet_trainer(max_epochs=1, accumulate_grad_batches=1000, **options()).fit(module, noise_loader())
+        for block in module.net:
+            prune.remove(block.linear, "weight")
+        return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+    def in_pipeline() -> dict[str, Any]:
+        return {"strategy": ContinuousPipeStrategy(schedule=schedule), "devices": 2}
+
+    (plain,) = run_ranks(lambda _: rounds(lambda: {"devices": 1}), 1)
+    assert int((plain["net.0.linear.weight"] == 0).sum()) == plain["net.0.linear.weight"].numel() * 3 / 4
+    for each in run_ranks(lambda _: rounds(in_pipeline), 2):
+        require_same_bits(each, plain)
 
 
 STOPS: dict[str, Callable[[], pl.Callback]] = {

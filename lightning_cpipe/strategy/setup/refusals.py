@@ -261,7 +261,8 @@ def reasons_in_trainer(
     if pruning and num_stages > 1:
         yield (
             f"{pruning[0]}: it chooses among the weights of all stages, and gives those that it prunes other names,"
-            " while the stages' parts are joined by name. Prune before or after `fit`, with `torch.nn.utils.prune`."
+            " while the stages' parts are joined by name. Prune before `fit` and between fits, on every rank, with"
+            " `torch.nn.utils.prune`."
         )
     if trainer.checkpoint_callbacks and num_stages > 1 and (names := _parts_among_hyperparameters(module)):
         yield (
