@@ -54,6 +54,10 @@ class StepBatch:
         self.tensors = {place: leaf for place, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)}
         """Its tensors, by their places among its leaves."""
 
+    def whole(self) -> Any:
+        """The batch."""
+        return self._structure.build(self._leaves)
+
     def call_with(self, others: Mapping[int, Tensor]) -> Observed:
         """Run the step with other tensors in these places."""
         return self._call(self._structure.build(others.get(place, leaf) for place, leaf in enumerate(self._leaves)))

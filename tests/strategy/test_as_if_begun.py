@@ -30,8 +30,11 @@ class BeginsInHooks(Chain):
         self.losses: list[Tensor] = []
         self.child = MeanMetric()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.factor = float(len(batch))
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self.scale * self.loss(batch)
+        loss = self.scale * self.factor * self.loss(batch)
         self.losses.append(loss.detach())
         self.child.update(loss.detach())
         self.log("lr", self.optimizers().param_groups[0]["lr"])

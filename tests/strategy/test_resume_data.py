@@ -100,14 +100,27 @@ LOADERS: dict[str, Any] = {
 BY_DEFAULT = ("shuffled, augmented", "torchdata")
 
 
+class SavesBefore(pl.Callback):
+    """Saves when so many steps are made and the next one has begun."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.path = folder / f"before-{steps}.ckpt"
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+
+
 def every_moment(folder: Path) -> list[pl.Callback]:
-    """Saves at each step, after a validation in mid-epoch and at the end of one, and at the end of each epoch."""
+    """Saves before and after steps, after validations in mid-epoch and at its end, and at the end of each epoch."""
     return [
         ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, auto_insert_metric_name=False),
         ModelCheckpoint(folder, "val-{step}", monitor="val_loss", save_top_k=-1, auto_insert_metric_name=False),
         ModelCheckpoint(
             folder, "end-{step}", save_on_train_epoch_end=True, save_top_k=-1, auto_insert_metric_name=False
         ),
+        SavesBefore(folder, 3),
     ]
 
 
@@ -129,7 +142,7 @@ def batches_of(loader: Any, p: int, callbacks: list[pl.Callback], ckpt_path: Pat
     return [float(x.double().sum()) for x, _ in watcher.seen.batches]
 
 
-MOMENTS = [("2", 2), ("val-7", 7), ("end-5", 5), ("10", 10), ("end-10", 10)]
+MOMENTS = [("2", 2), ("before-3", 3), ("val-7", 7), ("end-5", 5), ("10", 10), ("end-10", 10)]
 
 
 @pytest.mark.parametrize("p", [3, pytest.param(2, marks=pytest.mark.full)])
@@ -159,7 +172,7 @@ def test_plain_lightning_goes_on_with_torchdatas_loader(workers: int, tmp_path: 
         return [float(each.sum()) for x, _ in watcher.seen.batches for each in x]
 
     def in_pipeline(_: int) -> list[float]:
-        first, _, at_end = every_moment(tmp_path)
+        first, _, at_end, _ = every_moment(tmp_path)
         return samples([first, at_end], strategy=ContinuousPipeStrategy(), devices=2)
 
     def alone(_: int) -> list[list[float]]:

@@ -117,6 +117,7 @@ def test_a_validation_at_the_step_of_a_signal_is_no_hindrance() -> None:
 
 SCONTROL = """#!/bin/sh
 echo "$@" >> "{folder}/requeued"
+ls "{folder}" | grep ckpt > "{folder}/there"
 exit 0
 """
 
@@ -129,7 +130,7 @@ def on_slurm(rank: int, ckpt_path: str | None = None) -> tuple[int, int]:
     pl.seed_everything(7, verbose=False)
     trainer = quiet_trainer(
         callbacks=[] if ckpt_path else [Sends((0, AT, signal.SIGUSR1), (1, AT - 1, signal.SIGUSR1))],
-        strategy=ContinuousPipeStrategy(),
+        strategy=ContinuousPipeStrategy(async_save=True),
         devices=2,
         max_epochs=2,
         plugins=[SLURMEnvironment(auto_requeue=True)],
@@ -148,6 +149,8 @@ def test_slurm_s_signal_saves_on_all_ranks_and_requeues_once(tmp_path: Path) -> 
     scontrol.chmod(0o755)
     assert run_ranks(on_slurm, 2) == 2 * [(0, 16)]
     assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
+    # Here nobody goes on before the file is there: the job ends next.
+    assert (tmp_path / "there").read_text() == "hpc_ckpt_1.ckpt\n"
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
     saved = torch.load("hpc_ckpt_1.ckpt")
     assert AT < saved["global_step"] <= AT + 2

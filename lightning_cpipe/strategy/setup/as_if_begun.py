@@ -16,6 +16,7 @@ from lightning_cpipe.probe.untouched import untouched
 from lightning_cpipe.strategy.ranks.ending import in_words
 from lightning_cpipe.strategy.setup.probing import unheard
 from lightning_cpipe.strategy.step_names import STEPS
+from lightning_cpipe.tree import copied
 
 Found = TypeVar("Found")
 
@@ -56,8 +57,11 @@ def _as_if_begun(module: pl.LightningModule, steps: Sequence[Step]) -> Iterator[
                 strategy.setup_optimizers(module.trainer)
             with unheard(module, {}):
                 for step in steps:
-                    for hook in STEPS[step.name].starts:
+                    names = STEPS[step.name]
+                    for hook in names.starts:
                         getattr(module, hook)()
+                    if step.batch is not None:
+                        getattr(module, names.batch_start)(copied(step.batch.whole()), 0)
             yield
     finally:
         strategy.optimizers = []
