@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "TorchDispatchMode",
+    "has_gradient_hooks",
     "instance_of_subclass",
     "is_view",
     "no_torch_function",
@@ -43,6 +44,11 @@ def instance_of_subclass(cls: type[SubClass], tensor: Tensor, requires_grad: boo
     """A tensor of class `cls` with the metadata and the storage of `tensor`."""
     made: SubClass = torch.Tensor._make_subclass(cls, tensor, requires_grad)
     return made
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether somebody asked to see the tensor's gradient with `register_hook`."""
+    return bool(tensor._backward_hooks)
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:

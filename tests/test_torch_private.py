@@ -12,6 +12,7 @@ from torch import Tensor
 import lightning_cpipe
 from lightning_cpipe import torch_private
 from lightning_cpipe.torch_private import (
+    has_gradient_hooks,
     instance_of_subclass,
     is_view,
     norms_of,
@@ -69,6 +70,15 @@ def test_an_instance_of_a_subclass_shares_the_storage() -> None:
     made = instance_of_subclass(Named, tensor, False)
     assert type(made) is Named
     assert made.data_ptr() == tensor.data_ptr()
+
+
+def test_hooks_on_a_gradient_are_seen() -> None:
+    tensor = torch.ones(2, requires_grad=True) * 2
+    assert not has_gradient_hooks(tensor)
+    hook = tensor.register_hook(lambda gradient: None)
+    assert has_gradient_hooks(tensor)
+    hook.remove()
+    assert not has_gradient_hooks(tensor)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.describing import described, difference
+from lightning_cpipe.torch_private import has_gradient_hooks
 from lightning_cpipe.tree import TemplateTable, TensorSpec
 
 
@@ -70,15 +72,19 @@ class Replay:
         self._device = device
         self._running: _Run | None = None
         self._zeros: dict[torch.dtype, Tensor] = {}
+        self._guards: dict[Value, tuple[Tensor, Node | None]] = {}
+        """The latest filler that stood for each guarded value, with its node in autograd's graph."""
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._stubs: list[_Stub] = []
         self._handles: list[RemovableHandle] = []
 
         stubs = {name for passage in passages.values() for name in passage.stubs}
+        # What never runs here makes nothing to look at.
+        never = {name for name in stubs if all(each.stubs.get(name, 0) is None for each in passages.values())}
         watched = {sent.value.module for passage in passages.values() for sent in passage.sends}
         for name in sorted(stubs):
             self._stubs.append(_Stub(root.get_submodule(name), name, self))
-        for name in sorted(watched | set(stubbed_later)):
+        for name in sorted((watched | set(stubbed_later)) - never):
             # Before any other hook: the user's own run on the next stage too, after the stub.
             hook = root.get_submodule(name).register_forward_hook(self._capture(name), prepend=True)
             self._handles.append(hook)
@@ -156,19 +162,29 @@ class Replay:
             spec: of the zeros.
             guarded: the value that they stand for, if a gradient that reaches them is an error.
         """
+        if guarded is None or not torch.is_grad_enabled():
+            return self._zeros_of(spec)
+        known, node = self._guards.get(guarded, (None, None))
+        if known is not None and TensorSpec.of(known) == spec and _is_as_made(known, node):
+            return known
+        zeros = self._zeros_of(spec)
+        # No view: a step may write into it, which is forbidden for views that a function returned.
+        unrelated = torch.empty(0, dtype=spec.dtype, device=self._device)
+        unrelated.set_(zeros.untyped_storage(), 0, zeros.shape, zeros.stride())
+        made = _guarded(self._anchor, guarded, unrelated)
+        self._guards[guarded] = made, made.grad_fn
+        return made
+
+    def _zeros_of(self, spec: TensorSpec) -> Tensor:
         size = math.prod(spec.shape)
         zeros = self._zeros.get(spec.dtype)
         if zeros is None or zeros.numel() < size:
+            # The others would keep the smaller memory.
+            self._guards.clear()
             # A tensor that is made in inference mode could not be used outside.
             with torch.inference_mode(False):
                 zeros = self._zeros[spec.dtype] = torch.zeros(size, dtype=spec.dtype, device=self._device)
-        filler = zeros[:size].view(spec.shape)
-        if guarded is None or not torch.is_grad_enabled():
-            return filler
-        # No view: a step may write into it, which is forbidden for views that a function returned.
-        unrelated = torch.empty(0, dtype=spec.dtype, device=self._device)
-        unrelated.set_(zeros.untyped_storage(), 0, filler.shape, filler.stride())
-        return _guarded(self._anchor, guarded, unrelated)
+        return zeros[:size].view(spec.shape)
 
     def _capture(self, name: str) -> Callable[..., None]:
         def capture(module: nn.Module, args: Any, output: Any) -> None:
@@ -311,6 +327,11 @@ def _guarded(anchor: Tensor, value: Value, filler: Tensor) -> Tensor:
     # In a list it is not an input, which a function would have to copy.
     made: Tensor = _Guard.apply(anchor, value, [filler])  # type: ignore[no-untyped-call]
     return made
+
+
+def _is_as_made(filler: Tensor, node: Node | None) -> bool:
+    """Whether no step did to a filler what the next one would see."""
+    return filler.grad_fn is node and not has_gradient_hooks(filler)
 
 
 class _Stub:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_cpipe.errors import CutError, DataMismatchError
 from lightning_cpipe.stage.cut import Crossing, Passage, Value
 from lightning_cpipe.stage.replay import Replay
+from lightning_cpipe.torch_private import has_gradient_hooks
 from lightning_cpipe.tree import Template
 
 CPU = torch.device("cpu")
@@ -116,6 +117,35 @@ def test_what_a_step_does_to_a_filler_is_not_there_in_the_next() -> None:
     for _ in range(2):
         replay.run("step", step, (X,), TABLE)
     assert fillers[0].data_ptr() == fillers[1].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (lambda filler: None, True),
+        (lambda filler: filler.add_(1), False),
+        (lambda filler: filler.detach_(), False),
+        (lambda filler: filler.unsqueeze_(0), False),
+        (lambda filler: filler.register_hook(lambda gradient: gradient), False),
+    ],
+    ids=["nothing", "write", "detach", "reshape", "hook"],
+)
+def test_a_guarded_filler_is_used_again_unless_a_step_changed_it(
+    change: Callable[[Tensor], object], again: bool
+) -> None:
+    root, fillers = Root(), []
+
+    def step() -> None:
+        fillers.append(filler := root.one(X)["out"])
+        assert (filler.shape, filler.requires_grad, has_gradient_hooks(filler)) == (X.shape, True, False)
+        if len(fillers) == 1:
+            change(filler)
+
+    replay = Replay(root, {"step": replace(LAST, guarded=frozenset({Value("one", 0, 0)}))}, CPU)
+    for _ in range(3):
+        replay.run("step", step, (X,), TABLE)
+    assert (fillers[1] is fillers[0]) is again
+    assert fillers[2] is fillers[1]
 
 
 def test_a_gradient_that_reaches_what_was_not_received_is_an_error() -> None:
