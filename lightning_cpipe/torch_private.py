@@ -9,8 +9,7 @@ A test compares them, and what they do, with what is written below.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +34,7 @@ __all__ = [
 ]
 
 SubClass = TypeVar("SubClass", bound=Tensor)
+Result = TypeVar("Result")
 
 no_torch_function: Any = torch._C._disabled_torch_function_impl
 """As a subclass's `__torch_function__`: functions of torch see a plain tensor."""
@@ -70,19 +70,17 @@ _TAKES_SEVERAL = "tensors" in inspect.signature(_unsafe_preserve_version_counter
 """Since torch 2.7; before, one at a time."""
 
 
-@contextmanager
-def unprofiled() -> Iterator[None]:
-    """What begins inside is unknown to torch's profiler.
+def unprofiled(begin: Callable[[], Result]) -> Result:
+    """Call `begin`; what begins there is unknown to torch's profiler.
 
     It writes the end of whatever it saw begin into its record of that time, which is gone if another cycle has begun
     since: memory is destroyed by what takes that long.
     """
     if not torch.autograd._profiler_enabled():
-        yield
-        return
+        return begin()
     torch._C._autograd._enable_record_function(False)
     try:
-        yield
+        return begin()
     finally:
         torch._C._autograd._enable_record_function(True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -310,7 +310,7 @@ class StageStream:
 
     def _backward(self, number: int) -> None:
         work = self.in_flight[number]
-        with self._backwarding(work):
+        with self._begin_backward(work):
             if work.left_out:
                 pass
             elif self.of_loss is not None:
@@ -323,7 +323,7 @@ class StageStream:
 
     def _input_gradient(self, number: int) -> None:
         work = self.in_flight[number]
-        with self._backwarding(work):
+        with self._begin_backward(work):
             outputs = [] if work.left_out else self._outputs(work)
             if self.of_loss is not None and not work.left_out:
                 loss, run = self.of_loss(work)
@@ -343,12 +343,10 @@ class StageStream:
             work.second_half()
         self.forget(number)
 
-    @contextmanager
-    def _backwarding(self, work: InFlight) -> Iterator[None]:
+    def _begin_backward(self, work: InFlight) -> AbstractContextManager[None]:
         """A backward, or its first half, runs inside."""
         self.news.books.backward_begins(self.versions.count - self.versions.number_of(work.mini_batch.number))
-        with self._running_backward(work):
-            yield
+        return self._running_backward(work)
 
     @contextmanager
     def _running_backward(self, work: InFlight) -> Iterator[None]:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
+from typing_extensions import override
 
 from lightning_cpipe.schedules.action import Kind
 
@@ -104,33 +105,34 @@ class Timeline:
         self._last: deque[Span] = deque(maxlen=keep)
         self._left_out = False
         self._sums = dict.fromkeys(KINDS, 0)
-        self._update: tuple[int, int] | None = None
+        self._update: tuple[int, Any] | None = None
         self.now_at: tuple[str, int] | None = None
         """Kind and mini-batch of the span that began last; None before the first."""
         self.start_ns = time.perf_counter_ns()
         """When the timeline began."""
 
-    @contextmanager
-    def measure(self, kind: str, batch: int) -> Iterator[None]:
+    def measure(self, kind: str, batch: int) -> AbstractContextManager[None]:
         """The time inside is a span."""
-        kind = self._note(kind, batch)
-        start = time.perf_counter_ns()
-        try:
-            yield
-        finally:
-            self._add(Span(kind, batch, start, time.perf_counter_ns()))
+        return _Measured(self, self._note(kind, batch), batch)
 
     def begin_update(self, batch: int) -> None:
         """The span of an update begins; it ends in another function, with `end_update`."""
         self._note(UPDATE, batch)
-        self._update = batch, time.perf_counter_ns()
+        self._update = batch, self.mark()
 
     def end_update(self) -> None:
         """The update that began ends here; does nothing if none did."""
         if self._update is not None:
-            batch, start = self._update
-            self._add(Span(UPDATE, batch, start, time.perf_counter_ns()))
+            self.end(UPDATE, *self._update)
             self._update = None
+
+    def mark(self) -> Any:
+        """This moment, for `end`."""
+        return time.perf_counter_ns()
+
+    def end(self, kind: str, batch: int, begun: Any) -> None:
+        """A span ends, which began at that mark."""
+        self._add(Span(kind, batch, begun, self.mark()))
 
     def begin_training(self) -> None:
         """What comes next does not wait because of an evaluation before."""
@@ -179,6 +181,20 @@ class Timeline:
             self._last.append(span)
 
 
+class _Measured(AbstractContextManager[None]):
+    """A span; a class, since a generator would cost more than all else here."""
+
+    def __init__(self, timeline: Timeline, kind: str, batch: int) -> None:
+        self._timeline = timeline
+        self._of = kind, batch
+
+    def __enter__(self) -> None:
+        self._begun = self._timeline.mark()
+
+    def __exit__(self, *_: object) -> None:
+        self._timeline.end(*self._of, self._begun)
+
+
 class CudaTimeline(Timeline):
     """The spans of one stage, by the GPU's clock.
 
@@ -189,41 +205,24 @@ class CudaTimeline(Timeline):
     def __init__(self, keep: int = 4096, tell: Callable[[int], None] | None = None, *, flows_on: bool = True) -> None:
         super().__init__(keep, tell, flows_on=flows_on)
         self._pending: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._updating: tuple[int, torch.cuda.Event] | None = None
-        self._zero = self._mark()
+        self._zero = self.mark()
         self._zero_ns = self.start_ns
-
-    @contextmanager
-    def measure(self, kind: str, batch: int) -> Iterator[None]:
-        """The time inside, in the stream's order, is a span."""
-        kind = self._note(kind, batch)
-        start = self._mark()
-        try:
-            yield
-        finally:
-            self._pending.append((kind, batch, start, self._mark()))
-            self._read()
-
-    def begin_update(self, batch: int) -> None:
-        """The span of an update begins; it ends in another function, with `end_update`."""
-        self._note(UPDATE, batch)
-        self._updating = batch, self._mark()
-
-    def end_update(self) -> None:
-        """The update that began ends here; does nothing if none did."""
-        if self._updating is not None:
-            self._pending.append((UPDATE, *self._updating, self._mark()))
-            self._updating = None
 
     def settle(self) -> None:
         """Wait until every span is known."""
         torch.cuda.current_stream().synchronize()
         self._read()
 
-    def _mark(self) -> torch.cuda.Event:
+    @override
+    def mark(self) -> Any:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+    @override
+    def end(self, kind: str, batch: int, begun: Any) -> None:
+        self._pending.append((kind, batch, begun, self.mark()))
+        self._read()
 
     def _read(self) -> None:
         while self._pending and self._pending[0][3].query():  # type: ignore[no-untyped-call]

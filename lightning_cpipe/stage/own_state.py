@@ -55,6 +55,11 @@ class OwnState:
         self._marks: dict[_Place, _Mark] = {}
         """On what of that can be written into."""
 
+    @property
+    def is_of_one(self) -> bool:
+        """Whether there is but one stage, whose state always hangs there."""
+        return not self._own
+
     @contextmanager
     def of(self, stage: int) -> Iterator[None]:
         """A stage's step, or the backward of one, runs inside.
@@ -62,7 +67,7 @@ class OwnState:
         Raises:
             CutError: if it writes into something large.
         """
-        if not self._own:
+        if self.is_of_one:
             yield
             return
         for number, name in self._changed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class StageModule:
         self._copies = copies or {}
         self._substitutes = Substitutes(root, self._copies)
         self._state = state or OwnState(root, cut, (stage,))
+        self._differs = bool(cut.draws or self._copies or not self._state.is_of_one)
+        """Whether the module ever stands otherwise inside `drawing`."""
 
     @property
     def num_stages(self) -> int:
@@ -95,13 +97,16 @@ class StageModule:
         with scope, self.drawing(seed):
             return self._replay.run(name, step, received, table, describe=describe)
 
-    @contextmanager
-    def drawing(self, seed: int) -> Iterator[None]:
+    def drawing(self, seed: int) -> AbstractContextManager[None]:
         """The module stands inside as the stage alone would have it, and its modules draw from `seed`.
 
         A backward runs inside, too: activation checkpointing repeats there what the forward drew, and reads what the
         stage wrote on the module last.
         """
+        return self._drawing(seed) if self._differs else nullcontext()
+
+    @contextmanager
+    def _drawing(self, seed: int) -> Iterator[None]:
         with self._isolation.of(seed), self._substitutes.hanging(), self._state.of(self.stage):
             yield
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,18 +102,14 @@ class Edge:
                 self._wait(work)
 
     def _isend(self, tensor: Tensor) -> dist.Work:
-        try:
-            with unprofiled():
-                work = dist.isend(tensor, dst=self._peer, group=self._group)
-        except RuntimeError as error:
-            raise self._lost() from error
-        assert work is not None
-        return work
+        return self._begun(partial(dist.isend, tensor, dst=self._peer, group=self._group))
 
     def _irecv(self, buffer: Tensor) -> dist.Work:
+        return self._begun(partial(dist.irecv, buffer, src=self._peer, group=self._group))
+
+    def _begun(self, begin: Callable[[], dist.Work | None]) -> dist.Work:
         try:
-            with unprofiled():
-                work = dist.irecv(buffer, src=self._peer, group=self._group)
+            work = unprofiled(begin)
         except RuntimeError as error:
             raise self._lost() from error
         assert work is not None
