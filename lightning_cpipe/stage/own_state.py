@@ -98,6 +98,8 @@ class OwnState:
         before, self._seen = self._seen, self._read()
         changed = [place for place, mark in self._marks.items() if mark.is_old]
         for number, (old, new) in enumerate(zip(before, self._seen)):
+            if list(old) == list(new) and all(map(is_, old.values(), new.values())):
+                continue
             changed += [(number, name) for name, value in new.items() if value is not old.get(name, _NOTHING)]
             changed += [(number, name) for name in old.keys() - new.keys()]
         for number, name in changed:
