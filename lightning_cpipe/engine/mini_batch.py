@@ -31,6 +31,8 @@ class MiniBatch:
         fingerprint: of `batch`; None where it was not loaded, until the stage before tells it.
         signature: of `batch`.
         updates_before: optimizer steps that come before its own; those that share one have the same.
+        has_record: whether each stage tells the next one of it; not of the further slices of one mini-batch, where the
+            first one's record tells all.
     """
 
     number: int
@@ -39,6 +41,7 @@ class MiniBatch:
     fingerprint: int | None
     signature: Signature
     updates_before: int = 0
+    has_record: bool = True
 
     @property
     def mark(self) -> Mark:

@@ -249,17 +249,23 @@ class StageStream:
         if mini_batch is None:
             return
         assert self._to.activations_in is not None
-        assert self._to.records_in is not None
         with self._timeline.measure(WAIT_ACTIVATION, number):
-            record = Record(*self._to.records_in.receive())
-            _, mini_batch.fingerprint = agreed(self._module.stage, mini_batch.mark, record.mark, STEP)
-            self.news.hear(record)
-            if record.table is not None:
-                self._shapes.learn(mini_batch.signature, record.table)
-                self._post_known()
+            # Both ends know alike which shapes are new.
+            has_record = mini_batch.has_record or self._shapes.of(mini_batch.signature) is None
+            told = has_record and self._hear_of(mini_batch)
             received = self._to.activations_in.receive()
-        known = self._shapes.of(mini_batch.signature)
-        self.in_flight[number] = InFlight(mini_batch, known, record.table is not None, received)
+        self.in_flight[number] = InFlight(mini_batch, self._shapes.of(mini_batch.signature), told, received)
+
+    def _hear_of(self, mini_batch: MiniBatch) -> bool:
+        """Take a mini-batch's record; whether it tells new shapes."""
+        assert self._to.records_in is not None
+        record = Record(*self._to.records_in.receive())
+        _, mini_batch.fingerprint = agreed(self._module.stage, mini_batch.mark, record.mark, STEP)
+        self.news.hear(record)
+        if record.table is not None:
+            self._shapes.learn(mini_batch.signature, record.table)
+            self._post_known()
+        return record.table is not None
 
     def _forward(self, number: int) -> None:
         mini_batch = self._source.mini_batch(number)
@@ -269,7 +275,7 @@ class StageStream:
         work = self.in_flight.get(number) or InFlight(mini_batch, self._shapes.of(mini_batch.signature))
         self.in_flight[number] = work
         new = work.told or work.known is None
-        if not new:
+        if not new and mini_batch.has_record:
             self._send_record(mini_batch, None)
         table = None if work.known is None else work.known.table
         for leaf, crossing in zip(work.received, self._passage.receives):

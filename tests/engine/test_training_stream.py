@@ -67,12 +67,14 @@ class Batches:
 
     def __init__(self, count: int) -> None:
         self.batches = [torch.tensor([float(number), 1.0]) for number in range(count)]
+        self.without_record: set[int] = set()
 
     def mini_batch(self, number: int) -> MiniBatch | None:
         if number >= len(self.batches):
             return None
         batch = self.batches[number]
-        return MiniBatch(number, number, batch, fingerprint(batch), signature(batch))
+        has_record = number not in self.without_record
+        return MiniBatch(number, number, batch, fingerprint(batch), signature(batch), has_record=has_record)
 
     def begin(self, number: int) -> range:
         """A flush schedule takes three of them for a mini-batch."""
@@ -228,6 +230,20 @@ def test_new_shapes_are_told_with_the_mini_batch_that_has_them(stages: tuple[Sta
     for each in stages:
         each.data.batches[1] = torch.tensor([1.0, 2.0, 3.0])
     run_on(stages, [0, 1, 2])
+    assert stages[1].trace == "F0 B0 U0 F1 B1 U1 F2 B2 U2"
+
+
+def test_further_slices_have_a_record_for_new_shapes_alone(
+    stages: tuple[Stage, Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    news, told = stages[0].stage.news, []
+    record = news.record
+    monkeypatch.setattr(news, "record", lambda one, table: told.append(one.number) or record(one, table))
+    for each in stages:
+        each.data.without_record = {1, 2}
+        each.data.batches[2] = torch.tensor([1.0, 2.0, 3.0])
+    run_on(stages, [0, 1, 2])
+    assert told == [0, 2]
     assert stages[1].trace == "F0 B0 U0 F1 B1 U1 F2 B2 U2"
 
 

@@ -137,6 +137,7 @@ def micro_batches(
                 # Never one of a mini-batch as its loader gave it.
                 "signature": ("micro-batch", signature(part)),
                 "prepared": [part],
+                "has_record": place == 0,
                 "weight": weight,
                 "samples": samples * weight / total if samples and total else None,
             }
