@@ -43,6 +43,10 @@ class TensorSpec:
         """The spec of a tensor."""
         return cls(tuple(tensor.shape), tensor.dtype, _order_of(tensor))
 
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this shape and dtype."""
+        return tensor.shape == self.shape and tensor.dtype == self.dtype
+
     def laid_out(self, tensor: Tensor) -> Tensor:
         """The same numbers in this order in memory."""
         if self.order == _order_of(tensor):

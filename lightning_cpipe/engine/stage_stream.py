@@ -390,11 +390,11 @@ class StageStream:
 
     def _require_announced(self, sent: Sequence[Tensor], specs: Sequence[TensorSpec], number: int) -> None:
         for tensor, spec, crossing in zip(sent, specs, self._passage.sends):
-            if (found := TensorSpec.of(tensor)) != spec:
+            if not spec.fits(tensor):
                 raise DataMismatchError(
-                    f"{crossing.value} is {found} for mini-batch {number}; for earlier mini-batches of the same shapes"
-                    f" it was {spec}, and the next stage counts on that. A shape that depends on the numbers in a"
-                    " batch can't cross a cut: pad to a fixed size, or move the cut with `split_points`."
+                    f"{crossing.value} is {TensorSpec.of(tensor)} for mini-batch {number}; for earlier mini-batches of"
+                    f" the same shapes it was {spec}, and the next stage counts on that. A shape that depends on the"
+                    " numbers in a batch can't cross a cut: pad to a fixed size, or move the cut with `split_points`."
                 )
 
 

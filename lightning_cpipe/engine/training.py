@@ -91,6 +91,8 @@ class TrainingStream:
         averaging: Averaging | None = None,
     ) -> None:
         self.stages = {stage.stage: stage for stage in stages}
+        self.last = self.stages[max(self.stages)]
+        """The last one of the rank's stages."""
         self._schedule = schedule
         self._num_stages = num_stages
         self._timeline = timeline
@@ -112,11 +114,6 @@ class TrainingStream:
         self._next = _OVER
         if slices is None:
             self._begin_at(0)
-
-    @property
-    def last(self) -> StageStream:
-        """The last one of the rank's stages."""
-        return self.stages[max(self.stages)]
 
     # ---- what the loop asks for ----
 
