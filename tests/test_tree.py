@@ -172,6 +172,11 @@ def test_specs_read_as_words() -> None:
     assert str(TensorSpec.of(torch.tensor(1))) == "int64[]"
 
 
+def test_a_tensor_fits_a_spec_of_its_shape_and_dtype() -> None:
+    found = [TensorSpec((2, 3), torch.float32).fits(each) for each in (torch.ones(2, 3), X.double(), torch.ones(3, 2))]
+    assert found == [True, False, False]
+
+
 def test_the_order_in_memory_is_known_and_makes_no_difference() -> None:
     image = torch.arange(24.0).view(1, 2, 3, 4)
     last = TensorSpec.of(image.to(memory_format=torch.channels_last))
