@@ -14,8 +14,8 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RECIPE := recipes/digits.yaml
-# Most tests wait for processes of their own; files go to as many workers as there are cores, four at most.
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+# Most tests wait for processes of their own; they go to as many workers as there are cores, four at most.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 
 export TORCH
 # uv does not read pip's settings.
@@ -43,7 +43,7 @@ types: $(READY) ## check types
 check: lint types test ## lint, types and test
 
 test-full: $(READY) ## run every test, and write tests/last_full_run.json
-	$(BIN)/python -m pytest --junitxml=$(VENV)/full_run.xml $(ARGS); status=$$?; \
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --junitxml=$(VENV)/full_run.xml $(ARGS); status=$$?; \
 	$(BIN)/python -c "$$RECORD" $(VENV)/full_run.xml && exit $$status
 
 bench: $(READY) ## measure speed against other schedules; takes long, wants a quiet machine

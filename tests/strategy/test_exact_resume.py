@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_what_is_in_flight_in_pipelines_side_by_side_goes_on(tmp_path: Path) -> 
             id="16-mixed",
         ),
     ],
-    ids=lambda each: str(each),
+    ids=lambda each: re.sub(r" at 0x\w+", "", str(each)),
 )
 def test_with_everything_else(p: int, options: dict[str, Any], tmp_path: Path) -> None:
     require_exact(tmp_path, p, {"1": 1, "8": 8, "end-10": 10}, **options)
