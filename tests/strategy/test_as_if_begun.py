@@ -11,7 +11,15 @@ from torchmetrics import MeanMetric
 
 from lightning_cpipe import assert_pipeline_parity
 from tests.helpers.causes import cause
-from tests.helpers.fits import fit_alone, fit_in_pipeline, require_plain_results, require_same_bits
+from tests.helpers.fits import (
+    alone,
+    fit_alone,
+    fit_in_pipeline,
+    in_pipeline,
+    quiet_trainer,
+    require_plain_results,
+    require_same_bits,
+)
 from tests.helpers.modules import WIDTH, Chain, noise_loader
 
 
@@ -73,6 +81,18 @@ def test_with_a_flush_too_through_epochs() -> None:
     plain = fit_alone(**options)
     assert (seen.losses, seen.metrics) == (plain.losses, plain.metrics)
     require_same_bits(seen.weights, plain.weights)
+
+
+def fit_and_validate(**options: Any) -> list[int]:
+    module = BeginsInHooks()
+    trainer = quiet_trainer(max_epochs=1, **options)
+    trainer.fit(module, noise_loader(), noise_loader())
+    trainer.validate(module, noise_loader(), verbose=False)
+    return [len(trainer.optimizers), len(trainer.lr_scheduler_configs)]
+
+
+def test_a_validation_leaves_the_optimizers_of_the_fit_before() -> None:
+    assert in_pipeline(2, fit_and_validate) == 2 * [alone(fit_and_validate)]
 
 
 def test_parity_can_be_asked_of_them() -> None:

@@ -34,13 +34,17 @@ def tried(module: pl.LightningModule, steps: Sequence[Step], look: Callable[[], 
     except (AssertionError, CutError, OutOfMemoryError):
         raise
     except Exception as failed:
-        error = failed
-    rank_zero_info(
-        f"A step of {type(module).__name__} can't be tried before the run begins ({in_words(error)}); it is tried again"
-        " after `configure_optimizers` and the module's first hooks, such as `on_train_epoch_start`."
-    )
-    with _as_if_begun(module, steps):
-        return look()
+        rank_zero_info(
+            f"A step of {type(module).__name__} can't be tried before the run begins ({in_words(failed)}); it is tried"
+            " again after `configure_optimizers` and the module's first hooks, such as `on_train_epoch_start`."
+        )
+        try:
+            with _as_if_begun(module, steps):
+                return look()
+        except Exception as again:
+            # The step's own fault is told once.
+            again.__suppress_context__ |= in_words(again) == in_words(failed) or isinstance(again, CutError)
+            raise
 
 
 @contextmanager
@@ -50,6 +54,8 @@ def _as_if_begun(module: pl.LightningModule, steps: Sequence[Step]) -> Iterator[
     Nobody hears what they log, and all that they change is put back.
     """
     strategy = module.trainer.strategy
+    # An evaluation finds those of a fit before.
+    optimizers, schedulers = strategy.optimizers, strategy.lr_scheduler_configs
     children = [(each, dict(each._modules)) for each in module.modules()]
     try:
         with untouched(module):
@@ -64,8 +70,8 @@ def _as_if_begun(module: pl.LightningModule, steps: Sequence[Step]) -> Iterator[
                         getattr(module, names.batch_start)(copied(step.batch.whole()), 0)
             yield
     finally:
-        strategy.optimizers = []
-        strategy.lr_scheduler_configs = []
+        strategy.optimizers = optimizers
+        strategy.lr_scheduler_configs = schedulers
         for each, before in children:
             _put_back(each, before)
 
