@@ -15,10 +15,8 @@ from torch import nn
 
 from lightning_cpipe.errors import CutError
 from lightning_cpipe.probe.contents import Contents, same_contents
+from lightning_cpipe.stage.own_state import BOOKKEEPING
 from lightning_cpipe.stage.randomness import unchanged
-
-_BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
-"""What torch keeps in every module: hooks, and the dicts of parameters, buffers and children."""
 
 _HOOKS = tuple(key for key in vars(nn.Module()) if "_hooks" in key)
 """The dicts of hooks among them."""
@@ -103,5 +101,5 @@ def untouched(root: nn.Module) -> Iterator[Snapshot]:
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
-    attributes = {key: value for key, value in module.__dict__.items() if key not in _BOOKKEEPING}
+    attributes = {key: value for key, value in module.__dict__.items() if key not in BOOKKEEPING}
     return attributes | dict(module._buffers)

@@ -23,7 +23,8 @@ from lightning_cpipe.stage.cut import Cut
 LARGEST = 2**20
 """Elements. What has more is taken for data, which stages share; to write into it is an error."""
 
-_BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
+BOOKKEEPING = vars(nn.Module()).keys() - {"training"}
+"""What torch keeps in every module: hooks, and the dicts of parameters, buffers and children."""
 
 _CONTAINERS = (list, dict, set, deque)
 
@@ -109,7 +110,7 @@ class OwnState:
         return changed
 
     def _read(self) -> _State:
-        return [{k: value for k, value in each.items() if k not in _BOOKKEEPING} for each in self._holders]
+        return [{k: value for k, value in each.items() if k not in BOOKKEEPING} for each in self._holders]
 
     def _hang(self, before: _State, after: _State) -> None:
         """Put this in place of what hangs there."""

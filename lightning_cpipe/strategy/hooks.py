@@ -58,8 +58,14 @@ def view_of_hooks() -> View:
 
 
 def arrange_hooks(
-    trainer: pl.Trainer, module: pl.LightningModule, cut: Cut, sharing: Sharing, view: View, processes: Processes
-) -> list[Callable[[], None]]:
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    cut: Cut,
+    sharing: Sharing,
+    view: View,
+    processes: Processes,
+    undo: list[Callable[[], None]],
+) -> None:
     """Let each hook run where it belongs, and see what is there.
 
     - Only the last stage logs. What it logged, `Sharing` lets the others know.
@@ -73,13 +79,12 @@ def arrange_hooks(
         sharing: this rank's share in the talk.
         view: what hooks see of the module's parameters.
         processes: this rank among the others.
-
-    Returns:
-        Functions that undo it.
+        undo: gets functions that undo it.
     """
     for callback in callbacks_of(trainer):
         rate_pipelines(callback, processes.num_replicas, len(processes.held))
-    undo = [view.open(), *_show_own(trainer, module, view)]
+    undo.append(view.open())
+    undo.extend(_show_own(trainer, module, view))
     undo.append(_keep_metrics_apart(sharing, processes.counterparts))
     if processes.counterparts is None:
         # Metrics are the same on all ranks here.
@@ -103,7 +108,6 @@ def arrange_hooks(
         undo += [_refuse_to_skip(module)] if is_overridden("on_train_batch_start", module) else []
     # Lightning's summary and TensorBoard would run it through the whole module, which no rank has.
     undo.append(instead_of(module, "_example_input_array", None))
-    return undo
 
 
 def _of_last_stage(trainer: pl.Trainer, module: pl.LightningModule, cut: Cut) -> list[tuple[Any, str]]:
@@ -196,6 +200,7 @@ def _keep_metrics_apart(sharing: Sharing, counterparts: Counterparts | None) -> 
     That holds for any metric, wherever it hangs and whenever it is made.
     """
     sync, group = Metric.sync, None if counterparts is None else counterparts.group
+    is_open = True
 
     def over_pipelines(
         metric: Metric,
@@ -204,6 +209,10 @@ def _keep_metrics_apart(sharing: Sharing, counterparts: Counterparts | None) -> 
         should_sync: bool = True,
         distributed_available: Callable[[], bool] | None = None,
     ) -> None:
+        if not is_open:
+            # Somebody else has put itself around it meanwhile.
+            sync(metric, dist_sync_fn, process_group, should_sync, distributed_available)
+            return
         among = process_group or metric.process_group or group
         exchanges = should_sync and group is not None
         if exchanges:
@@ -211,7 +220,10 @@ def _keep_metrics_apart(sharing: Sharing, counterparts: Counterparts | None) -> 
         sync(metric, dist_sync_fn, among, should_sync, lambda: exchanges)
 
     def undo() -> None:
-        Metric.sync = sync  # type: ignore[method-assign]
+        nonlocal is_open
+        is_open = False
+        if Metric.sync is over_pipelines:
+            Metric.sync = sync  # type: ignore[method-assign]
 
     Metric.sync = over_pipelines  # type: ignore[method-assign, assignment]
     return undo

@@ -251,6 +251,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._at_hand: RunAtHand | None = None
         self._blueprint: Blueprint | None = None
         self._reader = Reader()
+        self._undo: list[Callable[[], None]] = []
+        """Leaves Lightning's objects as they were; called in reverse, each once."""
         self._stage_now = 0
         self._streaming = False
         self._signals: Signals | None = None
@@ -519,10 +521,10 @@ class ContinuousPipeStrategy(ParallelStrategy):
         steps = Steps(trainer, stage_run, self._seed, self.root_device, self.loads_data)
         assert self._signals is not None
         sharing = share(trainer, stage_run.decisions, self._signals, self.timeline, stage_run.pipelines)
-        view, undo = view_of_hooks(), list[Callable[[], None]]()
+        view, undo = view_of_hooks(), self._undo
         if whole is not None:
-            undo += let_unfreeze(trainer, whole.in_groups)
-            undo += arrange_hooks(trainer, module, cut, sharing, view, self.processes)
+            undo += let_unfreeze(trainer, whole.in_groups) if fitting else []
+            arrange_hooks(trainer, module, cut, sharing, view, self.processes, undo)
             undo += show_stages(trainer, module, cut, self.stages)
             undo += whole.averages.arrange(view, sharing, stage_run.follow)
         keeps = self._options.exact_resume and fitting
@@ -1021,9 +1023,14 @@ class ContinuousPipeStrategy(ParallelStrategy):
         elif self._at_hand is not None and (states := self._at_hand.end()) is not None:
             self._whole_optimizer_states = states
         self._at_hand = None
+        while self._undo:
+            # A set-up failed.
+            self._undo.pop()()
         self._streaming = False
         if self._processes is not None and not self._is_broken:
             self._processes.end()
+        if isinstance(self._launcher, ScriptLauncher) and not self._is_broken:
+            self._launcher.run_is_over()
         optimizers_to_device(self.optimizers, torch.device("cpu"))
         if self.lightning_module is not None:
             self.lightning_module.cpu()

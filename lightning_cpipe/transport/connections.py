@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -136,6 +137,17 @@ def _answer(listener: Listener) -> tuple[Connection, Any]:
 
 def _send_at_once(connection: Connection) -> None:
     """By default, a small message waits until the one before it has been acknowledged."""
-    with socket.socket(fileno=connection.fileno()) as view:
-        view.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        view.detach()
+    with line_of(connection) as line:
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+@contextmanager
+def line_of(connection: Connection) -> Iterator[socket.socket]:
+    """The socket under a connection: bytes go by it without a copy."""
+    line = socket.socket(fileno=connection.fileno())
+    # Under `socket.setdefaulttimeout` it would have become one that does not wait, and the connection with it.
+    line.settimeout(None)
+    try:
+        yield line
+    finally:
+        line.detach()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_cpipe.errors import RankLostError, SaveError
-from lightning_cpipe.transport.connections import connect_to_first
+from lightning_cpipe.transport.connections import connect_to_first, line_of
 from lightning_cpipe.transport.control import Control
 from lightning_cpipe.tree import flatten
 
@@ -107,7 +107,7 @@ class Parcels:
     def abandon(self) -> None:
         """Break the connections: only what has reached rank 0 by now comes."""
         for connection in self._connections.values():
-            with suppress(OSError), _line(connection) as line:
+            with suppress(OSError), line_of(connection) as line:
                 line.shutdown(socket.SHUT_RDWR)
         self._under_way.clear()
 
@@ -174,7 +174,7 @@ def _send(connection: Connection, topic: str, content: Any) -> None:
         _Memory(tuple(leaf.shape), leaf.stride(), leaf.dtype) if _fills_its_memory(leaf) else leaf for leaf in leaves
     ]
     connection.send_bytes(pickle.dumps((topic, structure, described), protocol=pickle.HIGHEST_PROTOCOL))
-    with _line(connection) as line:
+    with line_of(connection) as line:
         for tensor in tensors:
             line.sendall(_bytes_of(tensor))
 
@@ -182,7 +182,7 @@ def _send(connection: Connection, topic: str, content: Any) -> None:
 def _receive(connection: Connection) -> tuple[str, Any]:
     topic, structure, described = pickle.loads(connection.recv_bytes())
     leaves = [each.room() if isinstance(each, _Memory) else each for each in described]
-    with _line(connection) as line:
+    with line_of(connection) as line:
         for tensor in (leaf for leaf, what in zip(leaves, described) if isinstance(what, _Memory)):
             room = _bytes_of(tensor)
             while room:
@@ -207,16 +207,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a tensor that fills it."""
     memory: memoryview = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
     return memory
-
-
-@contextmanager
-def _line(connection: Connection) -> Iterator[socket.socket]:
-    """The socket under a connection: bytes go by it without a copy."""
-    line = socket.socket(fileno=connection.fileno())
-    try:
-        yield line
-    finally:
-        line.detach()
 
 
 @contextmanager

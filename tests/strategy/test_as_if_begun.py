@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
-from torchmetrics import MeanMetric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
-from lightning_cpipe import assert_pipeline_parity
+from lightning_cpipe import ContinuousPipeStrategy, assert_pipeline_parity
 from tests.helpers.causes import cause
 from tests.helpers.fits import (
     alone,
@@ -97,6 +99,30 @@ def test_a_validation_leaves_the_optimizers_of_the_fit_before() -> None:
 
 def test_parity_can_be_asked_of_them() -> None:
     assert_pipeline_parity(BeginsInHooks(), (torch.randn(3, WIDTH), torch.randn(3, WIDTH)), 2)
+
+
+class WritesWeights(BeginsInHooks):
+    def on_fit_start(self) -> None:
+        with torch.no_grad():
+            self.net[0].linear.weight.zero_()
+
+
+def test_weights_that_would_be_written_twice_are_refused() -> None:
+    said = cause(2, WritesWeights())
+    assert "a hook before `training_step` (on_fit_start, on_train_start, on_train_epoch_start) writes the param" in said
+
+
+def test_a_set_up_that_fails_leaves_no_patch() -> None:
+    """Metrics of any later run in this process would not have been computed over its ranks."""
+    of_metrics, of_modules = Metric.sync, nn.Module.named_parameters
+    trainer = quiet_trainer(strategy=ContinuousPipeStrategy(num_stages=2), devices=1, max_epochs=1)
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch("lightning_cpipe.strategy.strategy.show_stages", side_effect=ValueError("here")),
+        pytest.raises(ValueError, match="here"),
+    ):
+        trainer.fit(Chain(), noise_loader())
+    assert (Metric.sync, nn.Module.named_parameters) == (of_metrics, of_modules)
 
 
 class NeverBegins(Chain):

@@ -63,6 +63,37 @@ def test_the_module_is_the_users_own_again(p: int) -> None:
             assert torch.equal(value, plain["state"][name]), name
 
 
+class Collects(Chain):
+    """Has buffers that only the last stage makes, or makes larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("lazy", None)
+        self.register_buffer("bank", torch.zeros(0))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Runs where the outputs are."""
+        self.lazy = torch.ones(3)
+        self.bank = torch.cat([self.bank, torch.ones(1)])
+
+
+def fit_twice(**options: Any) -> dict[str, Tensor]:
+    module = Collects()
+    trainer = quiet_trainer(max_epochs=1, **options)
+    trainer.fit(module, noise_loader(), noise_loader())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, noise_loader(), noise_loader())
+    return module.state_dict()
+
+
+def test_buffers_that_one_rank_made_are_on_all_afterwards() -> None:
+    """Ranks went over other lists of buffers, and one waited for ever for what no other had."""
+    first, other = in_pipeline(2, fit_twice)
+    assert first["bank"].numel() > 2
+    assert first.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in first.items())
+
+
 class MadeLate(Chain):
     """Makes its blocks in `configure_model`, as a module does that is too big to be made in `__init__`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import warnings
 from collections import OrderedDict
 from functools import partial
@@ -106,6 +107,19 @@ def test_who_waits_for_a_rank_that_broke_off_learns_of_it() -> None:
         return [1]
 
     assert with_parcels(2, give) == [[1], []]
+
+
+def test_a_time_limit_of_the_scripts_own_sockets_is_not_ours() -> None:
+    """`socket.setdefaulttimeout` once made connections that do not wait."""
+
+    def give(rank: int, parcels: Parcels) -> list[int]:
+        return [each[0].item() for each in parcels.give("weights", lambda: torch.full((2**20,), rank)).result()]
+
+    socket.setdefaulttimeout(5)
+    try:
+        assert with_parcels(2, give) == [[0, 1], []]
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_rank_0_says_what_it_waits_for_and_goes_on_waiting() -> None:

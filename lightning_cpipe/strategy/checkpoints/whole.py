@@ -17,6 +17,7 @@ from lightning_cpipe.stage.absent import AbsentParameter
 from lightning_cpipe.stage.cut import Cut
 from lightning_cpipe.stage.weights import (
     fill,
+    freeze_stand_ins,
     held_by,
     keep_only,
     keep_true_alone,
@@ -41,6 +42,7 @@ from lightning_cpipe.strategy.checkpoints.optimizer_states import (
 )
 from lightning_cpipe.strategy.checkpoints.promised import Promised, PromisedState, settled
 from lightning_cpipe.strategy.ranks.processes import Processes
+from lightning_cpipe.strategy.ranks.same_numbers import share_numbers
 
 
 class Whole:
@@ -100,6 +102,7 @@ class Whole:
             names = {id(parameter): name for name, parameter in self._module.named_parameters()}
             self._orders = [GroupOrder(optimizer, names) for optimizer in self._optimizers]
             self._keep_own_in_groups()
+            freeze_stand_ins(self._module, self._cut, *self._stages)
 
     def state_dict(self) -> State:
         """On rank 0, that of the whole module, as its own `state_dict` makes it; all ranks must call it.
@@ -205,10 +208,18 @@ class Whole:
         make_room(self._module)
         fill(self._module, numbers)
         self._parcels.settle()
-        with torch.no_grad():
-            self._control.share_tensors([*self._module.parameters(), *self._module.buffers()])
+        share_numbers(self._control, self._module)
+        self._share_flags()
         whole: list[State] = settled(states) if self._parcels.gathers else []
         return whole
+
+    def _share_flags(self) -> None:
+        """What is trainable where its true numbers are, is so everywhere: callbacks may have changed it there."""
+        named = dict(self._module.named_parameters())
+        own = {name: p.requires_grad for name, p in named.items() if self._cut.homes[name][0] in self._stages}
+        for flags in self._control.compare(own):
+            for name, flag in flags.items():
+                named[name].requires_grad_(flag)
 
     def _gather_numbers(self) -> dict[str, Promised]:
         return gather_numbers(self._parcels, "weights", self._module, self._cut, self._stages)

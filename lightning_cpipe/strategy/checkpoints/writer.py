@@ -48,10 +48,13 @@ class Writer:
         self._whole = whole
         self._exact = exact
         self._in_shards = in_shards and whole is not None
-        # Of a save: weights, optimizer's state, averages, what is in flight, and on rank 0 the file.
-        of_a_save = (1 if in_shards else 3 if processes.rank == 0 else 2) + (exact is not None)
-        of_a_save += 0 if whole is None else len(whole.averages)
-        processes.parcels.most = of_a_save * (2 + ahead)
+        # Of a save: weights, optimizer's state, averages, what is in flight, and on rank 0 the file. All but what is in
+        # flight is the first pipeline's.
+        of_a_save = int(exact is not None)
+        if processes.replica == 0:
+            of_a_save += 1 if in_shards else 3 if processes.rank == 0 else 2
+            of_a_save += 0 if whole is None else len(whole.averages)
+        processes.parcels.most = max(1, of_a_save) * (2 + ahead)
 
     def write(self, checkpoint: State, path: _PATH, storage_options: Any | None, *, at_once: bool) -> None:
         """Write a checkpoint, of which parts may still be promised; all ranks must call it.

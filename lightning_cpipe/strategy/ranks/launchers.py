@@ -85,6 +85,11 @@ class ScriptLauncher(SubprocessScriptLauncher):
                 self._give_up(error)
             raise
 
+    def run_is_over(self) -> None:
+        """No rank waits for another one any more, though hooks at the end may still run."""
+        if self._child_watch is not None:
+            self._child_watch.run_is_over()
+
     @override
     def kill(self, signum: int) -> None:
         if signum == signal.SIGKILL:
@@ -168,7 +173,11 @@ class _ChildWatch(threading.Thread):
         try:
             yield
         finally:
-            self._in_run.clear()
+            self.run_is_over()
+
+    def run_is_over(self) -> None:
+        """Nobody waits for a child any more."""
+        self._in_run.clear()
 
     def require_all(self) -> None:
         """A further run is about to begin, for which all children must be there.
@@ -176,20 +185,27 @@ class _ChildWatch(threading.Thread):
         Raises:
             RankLostError: if one is not.
         """
-        if (rank := self._failed) is not None:
+        if (rank := self._gone(with_success=True)) is not None:
             raise RankLostError(f"{self._cause_of(rank).text} after an earlier run, so no further one can begin", rank)
 
-    @property
-    def _failed(self) -> int | None:
-        return next((rank for rank, child in enumerate(self._children, 1) if child.poll()), None)
+    def _gone(self, *, with_success: bool) -> int | None:
+        """The first rank that has ended.
+
+        Args:
+            with_success: whether one counts that ended as it should.
+        """
+        statuses = ((rank, child.poll()) for rank, child in enumerate(self._children, 1))
+        return next((rank for rank, status in statuses if status or (with_success and status == 0)), None)
 
     @override
     def run(self) -> None:
         while not self._stopping.is_set():
             self._have_met |= dist.is_initialized()
-            if self._in_run.is_set() and self._failed is not None:
-                self._end(self._failed)
-            elif self._failed is None and all(child.poll() is not None for child in self._children):
+            # Nobody has done its part before all have met.
+            gone = self._gone(with_success=not self._have_met)
+            if self._in_run.is_set() and gone is not None:
+                self._end(gone)
+            elif all(child.poll() == 0 for child in self._children):
                 return
             time.sleep(POLL_S)
 

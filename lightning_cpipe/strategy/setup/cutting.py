@@ -45,6 +45,7 @@ from lightning_cpipe.strategy.loops import (
 from lightning_cpipe.strategy.options import Options
 from lightning_cpipe.strategy.ranks.ending import in_words
 from lightning_cpipe.strategy.ranks.processes import Processes
+from lightning_cpipe.strategy.ranks.same_numbers import share_numbers
 from lightning_cpipe.strategy.setup.as_if_begun import tried
 from lightning_cpipe.strategy.setup.blueprint import Blueprint
 from lightning_cpipe.strategy.setup.probing import evaluation_probe_step, find_cut, training_probe_step
@@ -146,9 +147,7 @@ def agree_on_cut(
     if not in_parts:
         make_room(module)
     everyones = set.intersection(*holders) if in_parts else {name for name, _ in module.named_parameters()}
-    with torch.no_grad():
-        shared = [parameter for name, parameter in module.named_parameters() if name in everyones]
-        control.share_tensors([*shared, *module.buffers()])
+    share_numbers(control, module, but={name for name, _ in module.named_parameters()} - everyones)
     first = processes.rank == 0
     with standing_in(module, lent_weights(module, lacking, device)) if first else nullcontext():
         if first:
