@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
 
 from lightning_cpipe.strategy.checkpoints.mapped_file import Reading, can_be_mapped, read_mapped
 from lightning_cpipe.strategy.checkpoints.optimizer_states import State
@@ -27,7 +27,7 @@ class Reader:
 
     def read(
         self,
-        path: _PATH,
+        path: str | Path,
         whole: Whole | None,
         io: CheckpointIO,
         as_usual: Callable[..., State],

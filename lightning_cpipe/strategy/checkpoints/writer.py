@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.types import _PATH
 
 from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
 from lightning_cpipe.strategy.checkpoints.optimizer_states import IN_FLIGHT, State
@@ -56,7 +56,7 @@ class Writer:
             of_a_save += 0 if whole is None else len(whole.averages)
         processes.parcels.most = max(1, of_a_save) * (2 + ahead)
 
-    def write(self, checkpoint: State, path: _PATH, storage_options: Any | None, *, at_once: bool) -> None:
+    def write(self, checkpoint: State, path: str | Path, storage_options: Any | None, *, at_once: bool) -> None:
         """Write a checkpoint, of which parts may still be promised; all ranks must call it.
 
         Args:
