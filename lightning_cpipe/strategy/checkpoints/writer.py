@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-
 from lightning_cpipe.strategy.checkpoints.exact_resume import ExactResume
 from lightning_cpipe.strategy.checkpoints.optimizer_states import IN_FLIGHT, State
 from lightning_cpipe.strategy.checkpoints.promised import PromisedState, as_it_is_now
