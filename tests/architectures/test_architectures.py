@@ -23,7 +23,7 @@ from tests.helpers.fits import Seen
 from tests.helpers.probing import cut_of
 
 STAGES = (2, 3)
-BY_DEFAULT = {"gpt2", "bert", "resnet", "mamba", "whisper", "two towers"}
+BY_DEFAULT = {"gpt2", "resnet", "mamba", "two towers"}
 """One of each kind: decoders, encoders, convolutions, recurrences, encoders with decoders, and what is no chain."""
 EPOCHS = 2
 

@@ -97,7 +97,7 @@ LOADERS: dict[str, Any] = {
     "torchdata, workers": partial(stateful, num_workers=2),
 }
 
-BY_DEFAULT = ("shuffled, augmented", "torchdata")
+BY_DEFAULT = ("torchdata",)
 
 
 class SavesBefore(pl.Callback):
