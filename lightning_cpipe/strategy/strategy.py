@@ -1029,8 +1029,8 @@ class ContinuousPipeStrategy(ParallelStrategy):
         self._streaming = False
         if self._processes is not None and not self._is_broken:
             self._processes.end()
-        if isinstance(self._launcher, ScriptLauncher) and not self._is_broken:
-            self._launcher.run_is_over()
+            if isinstance(self._launcher, ScriptLauncher):
+                self._launcher.run_is_over()
         optimizers_to_device(self.optimizers, torch.device("cpu"))
         if self.lightning_module is not None:
             self.lightning_module.cpu()
