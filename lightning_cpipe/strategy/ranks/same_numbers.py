@@ -30,7 +30,9 @@ def share_numbers(control: Control, root: nn.Module, but: Collection[str] = ()) 
             tensor = torch.empty(shape, dtype=dtype)
             path, _, key = name.rpartition(".")
             holder = dict(root.named_modules()).get(path)
-            if holder is not None and (key in holder._buffers or not hasattr(holder, key)):
-                holder.register_buffer(key, tensor, persistent=key not in holder._non_persistent_buffers_set)
+            if holder is not None and hasattr(holder, key):
+                setattr(holder, key, tensor)
+            elif holder is not None:
+                holder.register_buffer(key, tensor)
         with torch.no_grad():
             control.share_tensors([tensor])
